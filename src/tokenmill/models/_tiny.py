@@ -1,0 +1,112 @@
+"""Tiny random models, made from a config and a seed: what tests and laws run on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from tokenmill.errors import LimitError, unknown_name
+
+KINDS = ("gemma3", "llama", "qwen2")
+SLIDING_WINDOW = 16
+_GAIN = 2.0  # weights of std gain / sqrt(fan in): large enough that greedy output wanders over the vocabulary
+_TIED_EMBEDDING = 0.2
+
+
+def tiny(
+    kind: str,
+    *,
+    seed: int = 0,
+    vocab: int = 64,
+    attn: str = "sdpa",
+    dtype: torch.dtype = torch.float32,
+    layers: int | None = None,
+) -> PreTrainedModel:
+    """Build a random causal language model of hidden size 32, 512 positions and no end token.
+
+    Args:
+        kind: ``"llama"`` (4 heads, separate output layer), ``"qwen2"`` (4 query heads on 2 key heads, biases,
+            separate output layer) or ``"gemma3"`` (4 query heads on 1 key head, sliding layers with a window of 16
+            and full layers, tied output layer).
+        seed: seeds the weights; the global random state is left as it was.
+        vocab: number of tokens.
+        attn: name of the attention implementation.
+        dtype: dtype of the weights (drawn in float32, then cast).
+        layers: number of layers; ``None`` means 6 for ``"gemma3"`` and 2 for the others. Every third layer and
+            the last one of ``"gemma3"`` attend fully.
+
+    Raises:
+        LimitError: unknown ``kind``, fewer than 2 tokens or fewer than 1 layer.
+    """
+    if kind not in KINDS:
+        raise unknown_name("models.tiny", "kind", kind, KINDS)
+    if vocab < 2:
+        raise LimitError("models.tiny", "vocab", vocab, "at least 2")
+    if layers is not None and layers < 1:
+        raise LimitError("models.tiny", "layers", layers, "at least 1")
+    depth = layers if layers is not None else (6 if kind == "gemma3" else 2)
+    with torch.random.fork_rng(devices=[]):
+        model = _build(kind, vocab, depth, attn)
+    _draw_weights(model, seed)
+    return model.to(dtype).eval()
+
+
+def _build(kind: str, vocab: int, depth: int, attn: str) -> PreTrainedModel:
+    shared: dict[str, Any] = {
+        "vocab_size": vocab,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": depth,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 512,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "attn_implementation": attn,
+    }
+    if kind == "llama":
+        return LlamaForCausalLM(LlamaConfig(num_key_value_heads=4, **shared))
+    if kind == "qwen2":
+        return Qwen2ForCausalLM(Qwen2Config(num_key_value_heads=2, tie_word_embeddings=False, **shared))
+    full = [(i + 1) % 3 == 0 or i == depth - 1 for i in range(depth)]
+    return Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            num_key_value_heads=1,
+            head_dim=8,
+            query_pre_attn_scalar=8,
+            sliding_window=SLIDING_WINDOW,
+            layer_types=["full_attention" if f else "sliding_attention" for f in full],
+            tie_word_embeddings=True,
+            **shared,
+        )
+    )
+
+
+@torch.no_grad()
+def _draw_weights(model: PreTrainedModel, seed: int) -> None:
+    """Matrices of std gain / sqrt(fan in), biases of std 0.3, norms of std 0.2 around their neutral value."""
+    generator = torch.Generator().manual_seed(seed)
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    for name, weight in model.named_parameters():
+        noise = torch.randn(weight.shape, generator=generator)
+        if weight.dim() == 2:
+            # A tied output layer makes a token predict itself, so there its own share of the stream is kept small
+            # (and the last norm, below, gives the logits back their size).
+            gain = _TIED_EMBEDDING if tied and "embed_tokens" in name else _GAIN
+            weight.copy_(noise * gain * weight.shape[1] ** -0.5)
+        elif name.endswith("bias"):
+            weight.copy_(noise * 0.3)
+        else:
+            weight.add_(noise * 0.2)
+            if tied and name == "model.norm.weight":
+                weight.add_(1 / _TIED_EMBEDDING)
