@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tokenmill import corpora
+from tokenmill.corpora import Corpus, Record
+from tokenmill.errors import LimitError, UnsupportedError
+
+KINDS = {"python-stdlib": "code", "python-reference": "prose", "stdlib-json": "json"}
+
+
+def test_names_are_the_three() -> None:
+    assert corpora.names() == sorted(KINDS)
+
+
+@pytest.mark.parametrize("name", sorted(KINDS))
+def test_every_corpus_has_distinct_records_of_its_kind_and_says_where_they_are_from(name: str) -> None:
+    corpus = corpora.load(name)
+    ids = [record.id for record in corpus.records]
+    assert ids == sorted(set(ids))
+    assert {record.kind for record in corpus.records} == {KINDS[name]}
+    assert corpus.licence == "PSF-2.0"
+    assert "Python" in corpus.source
+    assert len(corpus.sha256) == 64
+
+
+@pytest.mark.parametrize("name", sorted(KINDS))
+def test_splits_cover_the_corpus_and_share_no_document(name: str) -> None:
+    corpus = corpora.load(name)
+    train, test = corpus.split("train"), corpus.split("test")
+    assert sorted(r.id for r in train + test) == [r.id for r in corpus.records]
+    documents = [{r.id.partition("#")[0] for r in part} for part in (train, test)]
+    assert documents[0].isdisjoint(documents[1])
+    assert len(test) >= 12
+    assert 0.1 < len(test) / len(corpus.records) < 0.35
+
+
+def test_json_records_are_indented_json_about_real_modules() -> None:
+    records = {record.id: record.text for record in corpora.load("stdlib-json").records}
+    document = json.loads(records["bisect.json"])
+    functions = {member["name"]: member for member in document["members"]}
+    assert [a["name"] for a in functions["bisect_left"]["arguments"]] == ["a", "x", "lo", "hi", "key"]
+    assert [a["default"] for a in functions["bisect_left"]["arguments"]] == [None, None, "0", "None", "None"]
+    assert '\n  "members": [' in records["bisect.json"]
+
+
+def test_code_is_python_and_leaves_tests_and_tables_out() -> None:
+    records = corpora.load("python-stdlib").records
+    assert not [r.id for r in records if {"test", "tests", "site-packages", "encodings"} & set(r.id.split("/"))]
+    ast.parse(next(r.text for r in records if r.id == "json/decoder.py"))
+
+
+def test_sections_join_to_their_topic() -> None:
+    from pydoc_data.topics import topics
+
+    records = corpora.load("python-reference").records
+    parts = [r.text for r in records if r.id.startswith("specialnames#")]
+    assert len(parts) > 3
+    assert "\n\n".join(parts) == topics["specialnames"]
+
+
+def test_the_checksum_knows_every_letter_and_every_border() -> None:
+    def checksum(*pairs: tuple[str, str]) -> str:
+        records = tuple(Record(name, text, "code") for name, text in pairs)
+        return Corpus("toy", records, licence="CC0-1.0", source="here").sha256
+
+    assert checksum(("a", "bc")) == checksum(("a", "bc"))
+    assert (
+        len({checksum(("a", "bc")), checksum(("a", "bd")), checksum(("ab", "c")), checksum(("a", "b"), ("c", ""))}) == 4
+    )
+
+
+def test_unknown_names_answer_with_the_nearest() -> None:
+    with pytest.raises(LimitError, match="Did you mean python-stdlib"):
+        corpora.load("python-stlib")
+    with pytest.raises(LimitError, match="'valid'"):
+        corpora.load("python-stdlib").split("valid")
+
+
+def test_a_python_without_sources_is_told_so(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+    corpora.load.cache_clear()
+    monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
+    with pytest.raises(UnsupportedError, match="python-stdlib"):
+        corpora.load("python-stdlib")
+    corpora.load.cache_clear()
+
+
+def test_importing_corpora_loads_no_torch() -> None:
+    code = (
+        "import sys, tokenmill.corpora as c; c.names(); c.load('python-reference'); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
