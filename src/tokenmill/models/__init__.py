@@ -1,6 +1,6 @@
 """Models: the embedded ones, any transformers id or local folder, tiny random ones; packing and cost profile.
 
-Importing this package imports no torch; the first use of a function does.
+Importing this package imports no torch; the first use of a function that computes does.
 """
 
 from __future__ import annotations
@@ -9,19 +9,45 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tokenmill.models._catalog import info, names
+    from tokenmill.models._load import load
+    from tokenmill.models._packed import PackedLinear, is_packed, pack, packed, unpack
+    from tokenmill.models._profile import CostProfile, profile
     from tokenmill.models._tiny import tiny
 
-_EXPORTS = {
+_MODULES = {
+    "CostProfile": "_profile",
+    "PackedLinear": "_packed",
+    "info": "_catalog",
+    "is_packed": "_packed",
+    "load": "_load",
+    "names": "_catalog",
+    "pack": "_packed",
+    "packed": "_packed",
+    "profile": "_profile",
     "tiny": "_tiny",
+    "unpack": "_packed",
 }
 
-__all__ = ["tiny"]
+__all__ = [
+    "CostProfile",
+    "PackedLinear",
+    "info",
+    "is_packed",
+    "load",
+    "names",
+    "pack",
+    "packed",
+    "profile",
+    "tiny",
+    "unpack",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:
