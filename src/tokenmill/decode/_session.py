@@ -80,6 +80,7 @@ class Session:
         where: the method, for messages.
         request: what is to be decoded.
         trace: filled while the run goes on.
+        tree: drafts will branch, so attention must take a mask of ancestors.
 
     Raises:
         UnsupportedError: more than one row, beams, an encoder-decoder model, a cache that cannot drop rows,
@@ -87,12 +88,12 @@ class Session:
         LimitError: an empty prompt, or one longer than the model's positions.
     """
 
-    def __init__(self, where: str, request: Request, trace: DecodeTrace) -> None:
+    def __init__(self, where: str, request: Request, trace: DecodeTrace, *, tree: bool = True) -> None:
         _check_request(where, request)
         self.where, self.request, self.trace = where, request, trace
         self.model = request.model
         self.kinds = hf.layer_kinds(where, self.model)
-        self.form = hf.mask_form(where, self.model)
+        self.form = hf.mask_form(where, self.model) if tree else ""
         self.cache = hf.check_cache(where, request.model_kwargs.get("past_key_values"))
         ids = request.input_ids
         self.prompt_length = ids.shape[1]
@@ -265,17 +266,53 @@ class Session:
         law = scores.float().softmax(1)
         return torch.multinomial(law, 1, generator=self.request.generator).squeeze(1)
 
+    def laws(self, scores: Tensor) -> Tensor:
+        """(N, V) float64: the law of the token emitted behind each row; one-hot without sampling."""
+        if self.request.generation_config.do_sample:
+            return scores.double().softmax(1)
+        return torch.nn.functional.one_hot(scores.argmax(1), scores.shape[1]).double()
+
     def start(self, token: Tensor, scores: Tensor, logits: Tensor) -> None:
         """Commit the first new token (1,), whose logits came from the prefill."""
         self._emit(token, scores, logits)
 
-    def commit(self, nodes: Tensor, emitted: Tensor, scores: Tensor, logits: Tensor) -> Tensor:
+    def forward_rows(self, tokens: Tensor) -> Tensor:
+        """One forward of the target over K drafts as K rows, without a tree mask.
+
+        Args:
+            tokens: (K, N) int64, the root first in each row.
+
+        Returns:
+            (K, N, V) logits. The cache has K rows, and N columns more, until `commit` with ``row``.
+        """
+        k, n = tokens.shape
+        past = self._past
+        length = self.cache.get_seq_length()
+        self.cache.batch_repeat_interleave(k)
+        positions = hf.next_positions(self.last, torch.arange(1, n + 1, device=self.device))
+        out = self.model(
+            input_ids=tokens,
+            attention_mask=None if past is None else self._past_mask(length + n).long().expand(k, -1),
+            position_ids=positions.expand(*positions.shape[:-2], k, n),
+            past_key_values=self.cache,
+            use_cache=True,
+            return_dict=True,
+        )
+        self.trace.model_calls += 1
+        self.trace.positions += k * n
+        self.trace.drafted += k * (n - 1)
+        return out.logits
+
+    def commit(
+        self, nodes: Tensor, emitted: Tensor, scores: Tensor, logits: Tensor, row: tuple[int, int] | None = None
+    ) -> Tensor:
         """Keep an accepted path and what the target emitted behind each of its nodes.
 
         Args:
             nodes: (A,) int64, accepted nodes from the root down, ascending.
             emitted: (A,) int64, the token emitted behind each node.
             scores, logits: (N, V) rows by node.
+            row: behind `forward_rows`, the row that holds the path, and the columns that it was given.
 
         Returns:
             ``nodes``, cut where the sequence stopped.
@@ -283,7 +320,11 @@ class Session:
         n = scores.shape[0]
         count = self._emit(emitted, scores[nodes], logits[nodes])
         nodes = nodes[:count]
-        hf.keep_rows(self.cache, n, nodes)
+        if row is None:
+            hf.keep_rows(self.cache, n, nodes)
+        else:
+            self.cache.batch_select_indices(torch.tensor([row[0]], device=self.device))
+            hf.keep_rows(self.cache, row[1], torch.arange(count, device=self.device))
         self._last = self.last + count
         self.trace.steps.append(count)
         self.trace.accepted += min(count, emitted.shape[0] - 1)
@@ -343,9 +384,9 @@ def generator_for(device: torch.device, seed: int | None, given: torch.Generator
 
 
 @contextmanager
-def decoding(where: str, request: Request, trace: DecodeTrace) -> Generator[Session, None, None]:
+def decoding(where: str, request: Request, trace: DecodeTrace, tree: bool = True) -> Generator[Session, None, None]:
     """A session whose streamer is always ended, and whose errors carry what was produced."""
-    session = Session(where, request, trace)
+    session = Session(where, request, trace, tree=tree)
     try:
         yield session
     except (LimitError, UnsupportedError, StoppedError) as error:
