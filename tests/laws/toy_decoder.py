@@ -23,7 +23,7 @@ CARD = Card(
     exact=True,
     trains=False,
     task="generate",
-    works_with=("llama", "gemma3"),
+    works_with=("llama", "gemma3_text"),
 )
 
 

@@ -7,16 +7,14 @@ from typing import Any
 import torch
 
 from . import Case, Law, Stage, expect
+from .general import VOCAB, tiny_model
 
 ON_MODELS = True
-VOCAB = 64
 
 
 def stage(name: str | None, seed: int) -> Stage:
     """One forward pass over a random prompt on a tiny model; neutral is the model alone."""
-    from tokenmill import models
-
-    model: Any = models.tiny(str(name), seed=seed, vocab=VOCAB)
+    model = tiny_model(str(name), seed)
     ids = torch.randint(1, VOCAB, (1, 24), generator=torch.Generator().manual_seed(seed))
 
     def run(method: Any) -> tuple[torch.Tensor, ...]:

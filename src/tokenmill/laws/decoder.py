@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from tokenmill.errors import TokenmillError
 
 from . import Case, DoesNotApply, Law, Stage, expect
-from .general import seeded
+from .general import VOCAB, seeded, tiny_model
 
 ON_MODELS = True
-VOCAB = 64
 _PROMPT = 24  # beyond the window of the tiny model with sliding layers
 _NEW = 20
 _SAMPLES = 300
@@ -24,7 +23,7 @@ _SAMPLES = 300
 
 def stage(name: str | None, seed: int) -> Stage:
     """Greedy generation of `_NEW` tokens from a random prompt on a tiny model."""
-    model = _model(str(name), seed)
+    model = tiny_model(str(name), seed)
     ids = prompt(seed)
     return Stage(
         run=lambda decoder: (generate(model, ids, decoder),),
@@ -57,7 +56,7 @@ def greedy_equals_plain_greedy(case: Case) -> None:
     _only_if_exact(case)
     for name in case.card.works_with:
         for seed, length in ((0, 1), (1, 5), (2, _PROMPT), (3, 40)):
-            model, ids = _model(name, seed), prompt(seed, length)
+            model, ids = tiny_model(name, seed), prompt(seed, length)
             plain, ours = generate(model, ids, None), generate(model, ids, case.small())
             expect(
                 torch.equal(plain, ours),
@@ -67,7 +66,7 @@ def greedy_equals_plain_greedy(case: Case) -> None:
 
 def counts_add_up(case: Case) -> None:
     for name in case.card.works_with:
-        decoder, model, ids = case.small(), _model(name, 4), prompt(4)
+        decoder, model, ids = case.small(), tiny_model(name, 4), prompt(4)
         calls = _count_calls(model, lambda d=decoder, m=model, i=ids: generate(m, i, d))
         trace = decoder.trace
         drafted = getattr(trace, "drafted", trace.positions)
@@ -76,13 +75,12 @@ def counts_add_up(case: Case) -> None:
         expect(trace.model_calls == calls, f"{name}: the trace counts {trace.model_calls} model calls of {calls}")
         expect(0 <= trace.accepted <= drafted, f"{name}: {trace.accepted} tokens accepted of {drafted} drafted")
         expect(trace.accepted <= trace.tokens, f"{name}: {trace.accepted} accepted, but {trace.tokens} tokens made")
-        expect(
-            trace.positions >= _PROMPT - 1 + trace.model_calls - 1, f"{name}: only {trace.positions} positions counted"
-        )
+        least = _PROMPT - 1 + trace.model_calls - 1  # a prefill without the last prompt token, then one a call
+        expect(trace.positions >= least, f"{name}: only {trace.positions} positions are counted")
 
 
 def trace_starts_anew_at_each_call(case: Case) -> None:
-    decoder, model = case.small(), _model(case.card.works_with[0], 5)
+    decoder, model = case.small(), tiny_model(case.card.works_with[0], 5)
     for _ in range(2):
         generate(model, prompt(5), decoder, max_new_tokens=6)
         expect(decoder.trace.tokens == 6, f"after a call for 6 tokens the trace counts {decoder.trace.tokens}")
@@ -91,7 +89,7 @@ def trace_starts_anew_at_each_call(case: Case) -> None:
 def samples_follow_the_target(case: Case) -> None:
     """Chi-square test of the first two sampled tokens against the model's exact probabilities."""
     _only_if_exact(case)
-    model, ids = _model(case.card.works_with[0], 6), prompt(6, 8)
+    model, ids = tiny_model(case.card.works_with[0], 6), prompt(6, 8)
     with torch.inference_mode():
         first = model(input_ids=ids).logits[0, -1].double().softmax(-1)
         every = torch.cat([ids.expand(VOCAB, -1), torch.arange(VOCAB)[:, None]], dim=1)
@@ -106,14 +104,14 @@ def samples_follow_the_target(case: Case) -> None:
 
 
 def sampling_repeats_under_a_seed(case: Case) -> None:
-    model, ids = _model(case.card.works_with[0], 13), prompt(13)
+    model, ids = tiny_model(case.card.works_with[0], 13), prompt(13)
     first, again, other = (_sample(model, ids, case, seed=seed, tokens=_NEW) for seed in (0, 0, 1))
     expect(torch.equal(first, again), "two sampled runs with one seed differ")
     expect(not torch.equal(first, other), "sampled runs with two seeds are the same")
 
 
 def batch_is_refused_or_rows_equal_alone(case: Case) -> None:
-    model, ids = _model(case.card.works_with[0], 7), prompt(7, rows=2)
+    model, ids = tiny_model(case.card.works_with[0], 7), prompt(7, rows=2)
     try:
         together = generate(model, ids, case.small())
     except TokenmillError as error:
@@ -125,7 +123,7 @@ def batch_is_refused_or_rows_equal_alone(case: Case) -> None:
 
 
 def empty_prompt_is_refused(case: Case) -> None:
-    model = _model(case.card.works_with[0], 8)
+    model = tiny_model(case.card.works_with[0], 8)
     empty = torch.empty(1, 0, dtype=torch.long)
     try:
         generate(model, empty, case.small())
@@ -136,7 +134,7 @@ def empty_prompt_is_refused(case: Case) -> None:
 
 def end_token_stops_exactly(case: Case) -> None:
     for name in case.card.works_with:
-        model, ids = _model(name, 9), prompt(9)
+        model, ids = tiny_model(name, 9), prompt(9)
         whole = generate(model, ids, None)[0].tolist()
         for at in (0, 3, 10):
             stop = {"eos_token_id": whole[at], "pad_token_id": 0}
@@ -146,15 +144,15 @@ def end_token_stops_exactly(case: Case) -> None:
 
 
 def length_stops_exactly(case: Case) -> None:
-    model, ids = _model(case.card.works_with[0], 10), prompt(10)
+    model, ids = tiny_model(case.card.works_with[0], 10), prompt(10)
     for n in (1, 2, 3, 7):
         made = generate(model, ids, case.small(), max_new_tokens=n).shape[1]
         expect(made == n, f"{made} tokens for max_new_tokens={n}")
 
 
 def second_call_at_the_same_time_raises(case: Case) -> None:
-    model, ids, decoder = _model(case.card.works_with[0], 12), prompt(12), case.small()
-    other = _model(case.card.works_with[0], 12)
+    model, ids, decoder = tiny_model(case.card.works_with[0], 12), prompt(12), case.small()
+    other = tiny_model(case.card.works_with[0], 12)
     refused: list[bool] = []
 
     def call_again(*_: Any) -> None:
@@ -178,12 +176,6 @@ def second_call_at_the_same_time_raises(case: Case) -> None:
         handle.remove()
     expect(refused == [True], "a second call on the same object, while the first still runs, is accepted")
     expect(torch.equal(made, generate(model, ids, case.small())), "the refused call disturbed the first one")
-
-
-def _model(name: str, seed: int) -> Any:
-    from tokenmill import models
-
-    return models.tiny(name, seed=seed, vocab=VOCAB)
 
 
 def _sample(model: Any, ids: Tensor, case: Case, *, seed: int, tokens: int) -> Tensor:

@@ -13,13 +13,17 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from tokenmill import bench, catalog
+from tokenmill import bench, catalog, models
 from tokenmill.errors import TokenmillError
+from tokenmill.settings import hints_of
 
 from . import BrokenLawError, Case, DoesNotApply, Law, expect
 
 if TYPE_CHECKING:
     from . import Kind
+
+
+VOCAB = 64
 
 
 class _StopHereError(RuntimeError):
@@ -75,11 +79,11 @@ def defaults_are_valid(case: Case) -> None:
 
 def bad_values_are_refused_by_name(case: Case) -> None:
     settings = _settings(case)
-    hints = typing.get_type_hints(type(settings))
+    hints = hints_of(type(settings))
     for field in dataclasses.fields(settings):
         if not field.init or field.name == "seed":
             continue
-        for bad in _bad_values(hints[field.name], getattr(settings, field.name)):
+        for bad in _bad_values(hints.get(field.name), getattr(settings, field.name)):
             try:
                 dataclasses.replace(settings, **{field.name: bad})
             except TokenmillError as error:
@@ -163,12 +167,16 @@ def model_is_left_as_found_after_an_error(kind: Kind, case: Case) -> None:
             except _StopHereError:
                 pass
             except TokenmillError as error:
-                expect(
-                    isinstance(error.__cause__ or error.__context__, _StopHereError), f"{error} hides the real error"
-                )
+                cause = error.__cause__ or error.__context__
+                expect(isinstance(cause, _StopHereError), f"{_on(name)}the error {error} hides the real one")
             else:
                 expect(False, f"{_on(name)}an error inside the model does not come out")
         _same_model(before, stage.model, f"{_on(name)}after an error")
+
+
+def tiny_model(name: str, seed: int) -> Any:
+    """The tiny random model of a model type that a card names, such as ``"llama"`` or ``"gemma3_text"``."""
+    return models.tiny(name.removesuffix("_text"), seed=seed, vocab=VOCAB)
 
 
 def seeded(method: Any, seed: int) -> Any:
@@ -198,10 +206,7 @@ def _same_model(before: dict[str, Any], model: nn.Module, when: str) -> None:
     expect(before.keys() == after.keys(), f"{when} the model has other parts: {before.keys() ^ after.keys()}")
     for key, was in before.items():
         now = after[key]
-        if key.startswith("tensor"):
-            same = was[:2] == now[:2] and torch.equal(was[2], now[2])
-        else:
-            same = was == now
+        same = was == now if not key.startswith("tensor") else was[:2] == now[:2] and torch.equal(was[2], now[2])
         expect(same, f"{when} the model's {key} is not what it was")
 
 
