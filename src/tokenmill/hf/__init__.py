@@ -23,6 +23,7 @@ __getattr__, __dir__ = lazy(
         "StatefulLayer": "layers",
         "StatefulSlidingLayer": "layers",
         "stateful_cache": "layers",
+        "token_state": "layers",
         "check_cache": "cache",
         "keep_rows": "cache",
         "recording": "cache",

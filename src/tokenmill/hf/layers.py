@@ -1,0 +1,282 @@
+"""Cache layers that carry extra tensors with one row per cached token.
+
+A method that needs more than keys and values (reduced keys, pooled keys, scores) keeps it here, so that it follows
+whatever happens to the cache: crop, beam reorder, batch repeat and select, reset, offloading, the drop of old rows in
+sliding layers, and `select_rows`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from tokenmill.errors import LimitError, UnsupportedError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(slots=True)
+class _Column:
+    """One named tensor; its last row belongs to token ``end - 1`` of the sequence."""
+
+    value: Tensor
+    dim: int
+    end: int
+
+    @property
+    def start(self) -> int:
+        return self.end - self.value.shape[self.dim]
+
+
+class _TokenState:
+    """What both layers add to their class of transformers. Rows of the sequence are numbered from its first token."""
+
+    keys: Any
+    values: Any
+    is_initialized: bool
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._columns: dict[str, _Column] = {}
+        self._visible = 0  # rows of the keys that the last update returned
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Cache new keys and values (B, G, Q, D); returns what attention reads, see transformers."""
+        keys, values = super().update(key_states, value_states, *args, **kwargs)  # type: ignore[misc]
+        self._visible = keys.shape[-2]
+        return keys, values
+
+    def missing(self, name: str) -> int:
+        """How many of the last rows that attention sees have no state ``name`` yet.
+
+        Ask after the update, compute the state of that many last keys, and hand it to `append_state`.
+        """
+        column = self._columns.get(name)
+        first = self._length() - self._visible
+        if column is None or column.start > first:
+            return self._visible
+        return self._length() - max(column.end, first)
+
+    def append_state(self, name: str, value: Tensor, *, dim: int = 2) -> Tensor:
+        """Store the state of the rows that miss it.
+
+        Args:
+            name: what it is.
+            value: (B, H, missing, D) with ``dim=2``, (B, missing, ...) with ``dim=1``; B leads in any case.
+            dim: the axis of tokens.
+
+        Returns:
+            The state of all rows that attention sees now, in the order of the keys that the update returned.
+
+        Raises:
+            LimitError: another number of rows than `missing` says, or another batch size than the cache has.
+        """
+        where, missing = type(self).__name__, self.missing(name)
+        if not 1 <= dim < value.dim():
+            raise LimitError(where, "dim", dim, f"in [1, {value.dim() - 1}]", "The first axis is the batch.")
+        if value.shape[dim] != missing:
+            raise LimitError(where, f"{name}.shape[{dim}]", value.shape[dim], f"{missing}, the rows without state")
+        if self.is_initialized and value.shape[0] != self.keys.shape[0]:
+            raise LimitError(where, f"{name}.shape[0]", value.shape[0], f"the cache's batch size {self.keys.shape[0]}")
+        column = self._columns.get(name)
+        if column is not None and missing < self._visible:
+            value = torch.cat([column.value, value], dim=dim)
+        self._columns[name] = _Column(value, dim, self._length())
+        seen = value.narrow(dim, value.shape[dim] - self._visible, self._visible)
+        self._trim((name,))  # the others may still be waiting for their part of this forward
+        return seen
+
+    def state(self, name: str) -> Tensor:
+        """The state of the rows that the cache keeps, aligned with ``keys``.
+
+        Raises:
+            LimitError: a name that was never appended, or rows without state.
+        """
+        column = self._columns.get(name)
+        if column is None or column.end != self._length() or column.value.shape[column.dim] != self._rows():
+            lacking = self._rows() if column is None else self._length() - column.end
+            raise LimitError(type(self).__name__, "name", name, f"a state of all rows, and {lacking} rows have none")
+        return column.value
+
+    def select_rows(self, index: Tensor) -> None:
+        """Keep the given rows of the sequence, keys, values and state, and forget the others.
+
+        Args:
+            index: (R,) or (B, R) int64, ascending, in [0, sequence length). Rows that a sliding layer has dropped may
+                be named and stay dropped; the sequence length becomes R. State that lacks rows is forgotten as a
+                whole, so that `missing` asks for it again.
+
+        Raises:
+            LimitError: another rank, a row out of range, or batch rows that would keep different numbers of rows.
+            UnsupportedError: a sliding layer has dropped rows that its window would need now.
+        """
+        if not self.is_initialized:
+            return
+        where, length, rows = type(self).__name__, self._length(), self._rows()
+        if index.dim() not in (1, 2):
+            raise LimitError(where, "index.dim()", index.dim(), "1 or 2")
+        if index.numel() and (int(index.min()) < 0 or int(index.max()) >= length):
+            raise LimitError(where, "index", (int(index.min()), int(index.max())), f"in [0, {length - 1}]")
+        kept = index.shape[-1]
+        index = index.to(self.keys.device) - (length - rows)
+        if index.dim() == 1:
+            index = index[index >= 0]
+        else:
+            counts = (index >= 0).sum(-1)
+            if bool((counts != counts[0]).any()):
+                raise LimitError(where, "index", counts.tolist(), "rows with equal numbers of kept rows")
+            index = index[index >= 0].view(index.shape[0], -1)
+        self._check_select(kept, index.shape[-1])
+        complete = {n: c for n, c in self._columns.items() if c.end == length and c.start == length - rows}
+        self.keys, self.values = _take(self.keys, index, 2), _take(self.values, index, 2)
+        self._columns = {n: _Column(_take(c.value, index, c.dim), c.dim, kept) for n, c in complete.items()}
+        self._after_select(kept)
+        self._visible = self._rows()
+        self._trim(tuple(self._columns))
+
+    def _check_select(self, kept: int, left: int) -> None:
+        """Refuse a selection of ``kept`` rows of which only ``left`` are still there."""
+
+    def _after_select(self, kept: int) -> None:
+        """Bring the counters of the class of transformers in line."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` rows."""
+        if not self.is_initialized:
+            return
+        super().crop(tokens_to_remove)  # type: ignore[misc]
+        self._visible = self._rows()
+        self._trim(tuple(self._columns))
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()  # type: ignore[misc]
+        self._columns.clear()
+        self._visible = 0
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        """Take the batch rows ``beam_idx`` (B,)."""
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        for column in self._columns.values():
+            column.value = column.value.index_select(0, beam_idx.to(column.value.device))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each batch row ``repeats`` times."""
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        for column in self._columns.values():
+            column.value = column.value.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the batch rows ``indices``."""
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        for column in self._columns.values():
+            column.value = column.value[indices, ...]
+
+    def offload(self) -> None:
+        """Move everything to the CPU."""
+        super().offload()  # type: ignore[misc]
+        for column in self._columns.values():
+            column.value = column.value.to("cpu", non_blocking=True)
+
+    def prefetch(self) -> None:
+        """Move everything back to the layer's device."""
+        super().prefetch()  # type: ignore[misc]
+        for column in self._columns.values():
+            column.value = column.value.to(self.keys.device, non_blocking=True)
+
+    def _length(self) -> int:
+        return self.get_seq_length()  # type: ignore[attr-defined]
+
+    def _rows(self) -> int:
+        return self.keys.shape[-2] if self.is_initialized and self.keys.numel() else 0
+
+    def _trim(self, names: tuple[str, ...]) -> None:
+        """Cut columns to the rows that the cache keeps."""
+        end = self._length()
+        start = end - self._rows()
+        for name in names:
+            column = self._columns[name]
+            low, high = max(column.start, start), min(column.end, end)
+            if high <= low:
+                del self._columns[name]
+            elif (low, high) != (column.start, column.end):
+                column.value = column.value.narrow(column.dim, low - column.start, high - low)
+                column.end = high
+
+
+class StatefulLayer(_TokenState, DynamicLayer):
+    """`DynamicLayer` with per-token state."""
+
+
+class StatefulSlidingLayer(_TokenState, DynamicSlidingWindowLayer):
+    """`DynamicSlidingWindowLayer` with per-token state; it keeps the state of the last ``window - 1`` tokens."""
+
+    def _check_select(self, kept: int, left: int) -> None:
+        if left < min(kept, self.sliding_window - 1):
+            raise UnsupportedError(
+                "StatefulSlidingLayer.select_rows",
+                f"the window needs {min(kept, self.sliding_window - 1)} of the {kept} rows, and {left} are left",
+                "Call cache.activate_past_recording() before the forward whose rows are dropped.",
+            )
+
+    def _after_select(self, kept: int) -> None:
+        self.cumulative_length = kept
+        if kept >= self.sliding_window:
+            self.keys = self.keys[:, :, -self.sliding_window + 1 :, :]
+            self.values = self.values[:, :, -self.sliding_window + 1 :, :]
+
+
+def stateful_cache(model: PreTrainedModel) -> DynamicCache:
+    """A `DynamicCache` for the model, with state on its full and sliding layers; pass it as ``past_key_values``."""
+    cache = DynamicCache(config=model.config)
+    for index, layer in enumerate(cache.layers):
+        if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+            token_state(cache, index)
+    return cache
+
+
+def token_state(cache: Cache, layer_idx: int, *, visible: int | None = None) -> StatefulLayer | StatefulSlidingLayer:
+    """The stateful layer at ``layer_idx``; an ordinary dynamic layer there is replaced by one with the same rows.
+
+    This is how a method reaches its state when `generate` has made the cache itself.
+
+    Args:
+        cache: a dynamic cache.
+        layer_idx: which layer.
+        visible: rows of the keys that attention received in this forward; ``None`` between forwards.
+
+    Raises:
+        UnsupportedError: a static, quantized, linear-attention or other layer that cannot carry state.
+    """
+    layer: Any = cache.layers[layer_idx]
+    if isinstance(layer, StatefulLayer | StatefulSlidingLayer):
+        return layer
+    if type(layer) is DynamicSlidingWindowLayer:
+        made: Any = StatefulSlidingLayer(sliding_window=layer.sliding_window)
+    elif type(layer) is DynamicLayer:
+        made = StatefulLayer()
+    else:
+        raise UnsupportedError(
+            "token_state",
+            f"layer {layer_idx} of the cache is a {type(layer).__name__}",
+            "Use the default dynamic cache (cache_implementation=None).",
+        )
+    vars(made).update(vars(layer))
+    made._visible = made._rows() if visible is None else visible
+    cache.layers[layer_idx] = made
+    return made
+
+
+def _take(value: Tensor, index: Tensor, dim: int) -> Tensor:
+    """Rows ``index`` (R,) or (B, R) of ``value`` along its axis ``dim``."""
+    if index.dim() == 1:
+        return value.index_select(dim, index)
+    shape = [1] * value.dim()
+    shape[0], shape[dim] = index.shape
+    wide = [*value.shape[:dim], index.shape[1], *value.shape[dim + 1 :]]
+    return value.gather(dim, index.view(shape).expand(wide))
