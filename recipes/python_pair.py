@@ -151,22 +151,27 @@ def train(
 
 
 def save(
-    part: Part, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path, facts: dict[str, object]
+    part: Part,
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+    facts: dict[str, object],
+    measure: int | None,
 ) -> None:
-    """Write bfloat16 weights, config and tokenizer, and a card with what the rounded weights reach."""
-    model.to(torch.bfloat16).save_pretrained(folder)
+    """Write bfloat16 weights, config and tokenizer, and a card of what they reach on `measure` held-out files."""
+    model.to(dtype=torch.bfloat16)  # pyright: ignore[reportCallIssue]
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     rounded = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     corpus = corpora.load("python-stdlib")
     held_out = corpus.split("test")
-    limit = facts.pop("measure")
     sample = held_out[:: max(1, len(held_out) // SLICE_RECORDS)][:SLICE_RECORDS]
     card = {
         "name": part.name,
         "licence": "Apache-2.0; trained on the source of Python's standard library (PSF-2.0)",
         "weights": model.num_parameters(),
         "data": {"name": corpus.name, "source": corpus.source, "sha256": corpus.sha256},
-        "held_out_bits_per_byte": bits_per_byte(rounded, tokenizer, [r.text for r in held_out][:limit]),
+        "held_out_bits_per_byte": bits_per_byte(rounded, tokenizer, [record.text for record in held_out[:measure]]),
         "slice": {
             "records": [record.id for record in sample],
             "chars": SLICE_CHARS,
@@ -207,9 +212,8 @@ def main(arguments: list[str] | None = None) -> None:
             "tokens_seen": steps * BATCH * CONTEXT,
             "seed": options.seed,
             "command": f"python recipes/python_pair.py --minutes {options.minutes:g} --seed {options.seed} --out DIR",
-            "measure": options.files,
         }
-        save(part, model, tokenizer, options.out / part.name, facts)
+        save(part, model, tokenizer, options.out / part.name, facts, options.files)
         print(f"{part.name}: trained in {facts['seconds']} s ({steps} steps)", flush=True)
 
 

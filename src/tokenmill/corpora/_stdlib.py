@@ -8,7 +8,7 @@ import platform
 import sysconfig
 import tokenize
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ def names() -> list[str]:
     return sorted(_BUILDERS)
 
 
-@lru_cache(maxsize=None)
+@cache
 def load(name: str) -> Corpus:
     """Load a corpus: ``"python-stdlib"``, ``"python-reference"`` or ``"stdlib-json"``.
 

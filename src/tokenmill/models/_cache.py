@@ -85,11 +85,16 @@ def checksum(path: Path) -> str:
 
 def write_json(path: Path, data: Any) -> None:
     """Write a JSON file so that a reader sees the old content or the new, never a part."""
+    text = json.dumps(data, indent=2)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    with os.fdopen(handle, "w") as file:
-        json.dump(data, file, indent=2)
-    Path(draft).replace(path)
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+        Path(draft).replace(path)
+    except OSError:
+        Path(draft).unlink()
+        raise
 
 
 def _write_manifest(folder: Path, version: str) -> None:

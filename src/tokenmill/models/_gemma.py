@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import logging
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,7 +64,12 @@ def prepare(dtype: str) -> Path:
     if package is not None:
         raise MissingExtraError(f"models.load({NAME!r})", package, EXTRA)
     logger.debug("converting with transformers %s", transformers.__version__)
-    return ensure(place, partial(convert, dtype=dtype), version=VERSION)
+    return ensure(place, partial(_first_use, dtype=dtype), version=VERSION)
+
+
+def _first_use(target: Path, *, dtype: str) -> None:
+    logger.warning("Gemma is provided under and subject to the %s", LICENCE)
+    convert(target, dtype=dtype)
 
 
 def convert(target: Path, *, dtype: str) -> None:
@@ -70,31 +78,24 @@ def convert(target: Path, *, dtype: str) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging as transformers_logging
 
-    logger.warning("Gemma is provided under and subject to the %s", LICENCE)
     source = importlib.import_module(_MODULES[PACKAGE])
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/4"), TimeElapsedColumn())
-    bars_were_on = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        with Progress(*columns, console=Console(stderr=True)) as progress:
-            task = progress.add_task(f"{NAME} ({dtype}): assembling the weights", total=4)
-            source.assemble(target / _GGUF_FILE)
-            progress.update(task, advance=1, description=f"{NAME} ({dtype}): dequantising")
-            model = AutoModelForCausalLM.from_pretrained(
-                target, gguf_file=_GGUF_FILE, dtype=torch.float32, **_dequantised()
-            )
-            model.to(getattr(torch, dtype)).save_pretrained(target)
-            progress.update(task, advance=1, description=f"{NAME} ({dtype}): building the tokenizer")
-            rebuilt = AutoTokenizer.from_pretrained(target, gguf_file=_GGUF_FILE)
-            progress.update(task, advance=1, description=f"{NAME} ({dtype}): repairing the tokenizer")
-            repaired(rebuilt.backend_tokenizer.to_str()).save_pretrained(target)
-            (target / _GGUF_FILE).unlink()
-            progress.update(task, advance=1, description=f"{NAME} ({dtype}): converted")
-    finally:
-        if bars_were_on:
-            transformers_logging.enable_progress_bar()
+    # The console keeps the real stream; the bars that transformers draws for its parts go nowhere.
+    console, label = Console(file=sys.stderr), f"{NAME} ({dtype})"
+    with Progress(*columns, console=console) as progress, redirect_stderr(io.StringIO()):
+        task = progress.add_task(f"{label}: assembling the weights", total=4)
+        source.assemble(target / _GGUF_FILE)
+        progress.update(task, advance=1, description=f"{label}: dequantising")
+        arguments = {"gguf_file": _GGUF_FILE, "dtype": torch.float32, **_dequantised()}
+        model = AutoModelForCausalLM.from_pretrained(target, **arguments)
+        model.to(getattr(torch, dtype)).save_pretrained(target)
+        progress.update(task, advance=1, description=f"{label}: building the tokenizer")
+        rebuilt = AutoTokenizer.from_pretrained(target, gguf_file=_GGUF_FILE)
+        progress.update(task, advance=1, description=f"{label}: repairing the tokenizer")
+        repaired(rebuilt.backend_tokenizer.to_str()).save_pretrained(target)
+        (target / _GGUF_FILE).unlink()
+        progress.update(task, advance=1, description=f"{label}: converted")
 
 
 def _dequantised() -> dict[str, Any]:

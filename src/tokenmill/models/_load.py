@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from tokenmill.errors import LimitError, UnsupportedError, unknown_name
 from tokenmill.models import _gemma
@@ -13,7 +13,9 @@ from tokenmill.models._catalog import ASSETS, assets, names
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
+
+    from tokenmill.models._causal import CausalModel
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -26,7 +28,7 @@ def load(
     attn: str = "sdpa",
     packed: bool = False,
     device: str | torch.device = "cpu",
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> tuple[CausalModel, PreTrainedTokenizerBase]:
     """Load a causal language model in eval mode, and its tokenizer.
 
     ``"gemma-3-270m"`` is converted from a Python package on first use (half a minute, with a progress bar) and then
@@ -74,19 +76,20 @@ def _check_name(name: str) -> None:
     known = names()
     if name in known or Path(name).is_dir():
         return
-    misspelt = "/" not in name and difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    misspelt = "/" not in name and difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if misspelt or not _HUB_ID.fullmatch(name):
         raise unknown_name("models.load", "name", name, known)
 
 
-def _model(place: str, dtype: str, attn: str) -> PreTrainedModel:
+def _model(place: str, dtype: str, attn: str) -> CausalModel:
     import torch
     from transformers import AttentionInterface, AutoModelForCausalLM
 
     known = {"eager", *AttentionInterface().valid_keys()}
     if attn not in known and "/" not in attn:  # with a slash it is a kernel of the hub
         raise unknown_name("models.load", "attn", attn, known)
-    return AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, dtype), attn_implementation=attn)
+    model = AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, dtype), attn_implementation=attn)
+    return cast("CausalModel", model)
 
 
 def _from_transformers(name: str, place: str, dtype: str, attn: str) -> tuple[Any, Any]:

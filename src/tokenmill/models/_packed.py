@@ -28,6 +28,10 @@ class PackedLinear(nn.Linear):
     `torch.nn.Linear` does.
     """
 
+    original: nn.Linear
+    packed_weight: Tensor
+    packed_from: tuple[int, int]
+
     def __init__(self, original: nn.Linear) -> None:
         # Not nn.Linear.__init__, which would draw new weights: both layers own the same dictionaries.
         self.__dict__ = {**original.__dict__}
@@ -47,10 +51,10 @@ class PackedLinear(nn.Linear):
             self._pack()
         return _linear(input, self.packed_weight, self.bias)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+    def _apply(self, *_: Any, **__: Any) -> Any:
         raise UnsupportedError("PackedLinear", "a packed model cannot change its dtype or device", "Unpack it first.")
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+    def __deepcopy__(self, _: dict[int, Any]) -> Any:
         raise UnsupportedError("PackedLinear", "a packed model cannot be copied", "Unpack it first.")
 
     def extra_repr(self) -> str:
@@ -66,9 +70,10 @@ def pack(model: nn.Module) -> int:
     """
     made: dict[nn.Linear, PackedLinear] = {}  # a layer that stands in two places stays one layer
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
+        for name, child in list(parent._modules.items()):  # named_children() would leave out the second place
             if type(child) is nn.Linear and _can_pack(child.weight):
-                made.setdefault(child, PackedLinear(child) if child not in made else made[child])
+                if child not in made:
+                    made[child] = PackedLinear(child)
                 setattr(parent, name, made[child])
     return len(made)
 
@@ -77,7 +82,7 @@ def unpack(model: nn.Module) -> int:
     """Put the very layers back that `pack` replaced; returns how many there were."""
     restored: set[nn.Linear] = set()
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
+        for name, child in list(parent._modules.items()):
             if isinstance(child, PackedLinear):
                 child.original.training = child.training
                 setattr(parent, name, child.original)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import (
@@ -16,6 +16,9 @@ from transformers import (
 )
 
 from tokenmill.errors import LimitError, unknown_name
+
+if TYPE_CHECKING:
+    from tokenmill.models._causal import CausalModel
 
 KINDS = ("gemma3", "llama", "qwen2")
 SLIDING_WINDOW = 16
@@ -31,7 +34,7 @@ def tiny(
     attn: str = "sdpa",
     dtype: torch.dtype = torch.float32,
     layers: int | None = None,
-) -> PreTrainedModel:
+) -> CausalModel:
     """Build a random causal language model of hidden size 32, 512 positions and no end token.
 
     Args:
@@ -58,7 +61,8 @@ def tiny(
     with torch.random.fork_rng(devices=[]):
         model = _build(kind, vocab, depth, attn)
     _draw_weights(model, seed)
-    return model.to(dtype).eval()
+    model.to(dtype=dtype)  # pyright: ignore[reportCallIssue]
+    return cast("CausalModel", model.eval())
 
 
 def _build(kind: str, vocab: int, depth: int, attn: str) -> PreTrainedModel:
@@ -96,7 +100,7 @@ def _build(kind: str, vocab: int, depth: int, attn: str) -> PreTrainedModel:
 def _draw_weights(model: PreTrainedModel, seed: int) -> None:
     """Matrices of std gain / sqrt(fan in), biases of std 0.3, norms of std 0.2 around their neutral value."""
     generator = torch.Generator().manual_seed(seed)
-    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    tied = model.config.tie_word_embeddings
     for name, weight in model.named_parameters():
         noise = torch.randn(weight.shape, generator=generator)
         if weight.dim() == 2:
