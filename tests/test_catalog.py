@@ -118,7 +118,7 @@ def test_importing_and_listing_load_no_torch() -> None:
     code = """
     import tokenmill as tm
     cards = tm.cards()
-    dir(tm), dir(tm.bench), tm.bench.tasks()
+    dir(tm), dir(tm.bench), tm.bench.task_names()
     print([m for m in ("torch", "transformers", "numpy") if m in sys.modules])
     """
     assert _run(code).strip() == "[]"

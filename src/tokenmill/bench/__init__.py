@@ -11,7 +11,7 @@ _HERE = Path(__file__).parent
 __getattr__, __dir__ = lazy(
     __name__,
     {
-        "run": "run",
+        "run": "runner",
         "Result": "result",
         "read_results": "result",
         "write_report": "report",
@@ -23,11 +23,11 @@ __getattr__, __dir__ = lazy(
 )
 
 
-def tasks() -> list[str]:
+def task_names() -> list[str]:
     """The names of all tasks: one module each in the folder ``tasks``. Imports none of them."""
     return [file.stem.replace("_", "-") for file in sorted((_HERE / "tasks").glob("[a-z]*.py"))]
 
 
-def sweeps() -> list[str]:
+def sweep_names() -> list[str]:
     """The names of the sweeps that ship, one TOML file each."""
     return [file.stem for file in sorted((_HERE / "sweeps").glob("*.toml"))]

@@ -14,6 +14,7 @@ from tokenmill.errors import LimitError
 
 SCHEMA = 1
 FILE = "results.jsonl"
+_KEY = ("task", "model", "data", "method", "params", "settings", "seed", "n")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,9 +92,12 @@ class Result:
     @property
     def key(self) -> str:
         """What makes two lines the same measurement, as text."""
-        data = {name: self.data[name] for name in ("name", "kind", "sha256", "split")}
-        parts = [self.task, self.model, data, self.method, self.params, self.settings, self.seed, self.n]
-        return json.dumps(parts, sort_keys=True)
+        return key({name: getattr(self, name) for name in _KEY})
+
+
+def key(about: Mapping[str, Any]) -> str:
+    """The key of a line from the fields that make it the same measurement as another."""
+    return json.dumps({name: about[name] for name in _KEY}, sort_keys=True)
 
 
 def _finite_number(name: str, value: Any) -> None:

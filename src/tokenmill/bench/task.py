@@ -69,8 +69,6 @@ class Outcome:
 class Subject(Protocol):
     """A method made ready for a task."""
 
-    params: Mapping[str, Scalar]
-
     def run(self, item: Item, /) -> Outcome: ...
 
 
@@ -87,6 +85,7 @@ class Task(Protocol):
 
     def model_name(self) -> str: ...
     def weights(self) -> str: ...
+    def settings(self) -> dict[str, Scalar]: ...
     def kinds(self) -> list[str]: ...
     def items(self, kind: str, /) -> list[Item]: ...
     def data(self, kind: str, /) -> dict[str, str]: ...
@@ -104,7 +103,7 @@ def load_task(name: str) -> Any:
     """
     from tokenmill import bench
 
-    known = bench.tasks()
+    known = bench.task_names()
     if (slug := name.replace("_", "-")) not in known:
         raise unknown_name("bench", "task", name, known)
     return importlib.import_module(f"{__package__}.tasks.{slug.replace('-', '_')}")

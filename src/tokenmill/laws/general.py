@@ -40,7 +40,7 @@ def card_is_complete(case: Case) -> None:
     arxiv = card.paper.arxiv
     expect(not arxiv or re.fullmatch(r"\d{4}\.\d{4,5}", arxiv), f"arXiv number {arxiv!r} is not like 2408.08696")
     expect(len(re.findall(r"[.!?](\s|$)", card.summary)) >= 2, "the summary is shorter than two sentences")
-    expect(card.task in bench.tasks(), f"task {card.task!r} is not one of {', '.join(bench.tasks())}")
+    expect(card.task in bench.task_names(), f"task {card.task!r} is not one of {', '.join(bench.task_names())}")
     expect(case.module.__doc__, "the module has no docstring")
 
 
