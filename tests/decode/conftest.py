@@ -1,0 +1,28 @@
+"""Settings of property-based tests, and the tiny models that tests of decoders share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+from hypothesis import settings
+from transformers import PreTrainedModel
+
+from tokenmill.models import tiny
+
+settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, max_examples=60)
+settings.load_profile("repeatable")
+
+Zoo = Callable[[str, str], PreTrainedModel]
+
+
+@pytest.fixture(scope="session")
+def zoo() -> Zoo:
+    """``zoo(kind, attention)``: a tiny model that is built once. Tests leave it as they found it."""
+
+    @cache
+    def build(kind: str, attention: str) -> PreTrainedModel:
+        return tiny(kind, seed=3, attn=attention)
+
+    return build
