@@ -74,6 +74,7 @@ def _gemma3(attn: str) -> PreTrainedModel:
     types = ["sliding_attention", "full_attention", "sliding_attention"]
     text = {**TEXT, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 12, "layer_types": types}
     tokens = {"mm_tokens_per_image": 4, "image_token_id": IMAGE, "boi_token_index": 61, "eoi_token_index": 62}
+    tokens["tie_word_embeddings"] = False
     parts: dict[str, Any] = {"text_config": text, "vision_config": VISION, "attn_implementation": attn, **tokens}
     config = Gemma3Config(**parts)
     return Gemma3ForConditionalGeneration(config)

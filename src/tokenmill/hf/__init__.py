@@ -38,5 +38,6 @@ __getattr__, __dir__ = lazy(
         "prefill_inputs": "inputs",
         "split_model_kwargs": "inputs",
         "step_inputs": "inputs",
+        "with_positions": "inputs",
     },
 )
