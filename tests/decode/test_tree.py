@@ -74,9 +74,7 @@ def test_verification_equals_a_walk_from_the_root(parent: list[int], random) -> 
 def test_only_the_first_of_equal_siblings_may_be_accepted(parent: list[int], random) -> None:
     tokens = [random.randrange(2) for _ in parent]
     tree = Tree.from_parents(torch.tensor(parent))
-    expected = [
-        any(parent[j] == parent[i] and tokens[j] == tokens[i] for j in range(i)) for i in range(len(parent))
-    ]
+    expected = [any(parent[j] == parent[i] and tokens[j] == tokens[i] for j in range(i)) for i in range(len(parent))]
     assert repeated_siblings(tree, torch.tensor(tokens)).tolist() == expected
 
 
