@@ -164,14 +164,14 @@ def save(
     tokenizer.save_pretrained(folder)
     rounded = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     corpus = corpora.load("python-stdlib")
-    held_out = corpus.split("test")
+    held_out = corpus.split("test")[:measure]
     sample = held_out[:: max(1, len(held_out) // SLICE_RECORDS)][:SLICE_RECORDS]
     card = {
         "name": part.name,
         "licence": "Apache-2.0; trained on the source of Python's standard library (PSF-2.0)",
         "weights": model.num_parameters(),
         "data": {"name": corpus.name, "source": corpus.source, "sha256": corpus.sha256},
-        "held_out_bits_per_byte": bits_per_byte(rounded, tokenizer, [record.text for record in held_out[:measure]]),
+        "held_out_bits_per_byte": bits_per_byte(rounded, tokenizer, [record.text for record in held_out]),
         "slice": {
             "records": [record.id for record in sample],
             "chars": SLICE_CHARS,
