@@ -139,7 +139,7 @@ def test_statistics_learn_which_rank_follows_which() -> None:
     assert after_miss[0] > 0.8
     assert after_first[0] == pytest.approx(0.5, abs=0.1)
     assert after_first[2] == pytest.approx(0.5, abs=0.1)
-    assert after_other.sum() < 0.1
+    assert after_other.sum() < 0.25 < Statistics(K).successor()[2].sum()
     again = Statistics.from_dict(K, statistics.to_dict())
     assert (again.successor() == statistics.successor()).all()
 
