@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenmill.decode._plan import Statistics
+from tokenmill.decode._plan import SEEN, Rows, Statistics
 from tokenmill.decode._topk import top_tokens
 from tokenmill.errors import LimitError, StoppedError
 
@@ -37,7 +37,9 @@ class AdjacencyMatrix:
     Attributes:
         table: (V, k), successors of each token, likeliest first; 0 where nothing was written yet.
         count: (V,) int64, how many successors of a row are known.
-        statistics: how often each rank was right, for ``tree="auto"``.
+        shares: (V, k) float32, the share of each successor among the k when the row was written; above 1 for one
+            that really followed in a prompt. Only ``tree="auto"`` reads them.
+        statistics: how often a share was right, for ``tree="auto"``.
 
     Raises:
         LimitError: k outside [1, V] or another dtype.
@@ -52,7 +54,8 @@ class AdjacencyMatrix:
             raise LimitError("AdjacencyMatrix", "dtype", dtype, "torch.int32 or torch.int64", "int32 halves the memory.")
         self.table = torch.zeros(vocab_size, k, dtype=dtype)
         self.count = torch.zeros(vocab_size, dtype=torch.int64)
-        self.statistics = Statistics(k)
+        self.shares = torch.zeros(vocab_size, k)
+        self.statistics = Statistics()
         self._busy = threading.Lock()
 
     @classmethod
@@ -77,21 +80,35 @@ class AdjacencyMatrix:
         """Forget everything."""
         self.table.zero_()
         self.count.zero_()
-        self.statistics = Statistics(self.k)
+        self.shares.zero_()
+        self.statistics = Statistics()
+
+    @property
+    def rows(self) -> Rows:
+        """The tensors as arrays that share their memory."""
+        return Rows(self.table.numpy(), self.shares.numpy(), self.count.numpy())
 
     def update(self, tokens: Tensor, logits: Tensor) -> None:
         """Overwrite the rows of ``tokens`` (N,) with the k best of ``logits`` (N, V), likeliest first.
 
         Of a token that occurs twice the later position wins, on every device.
         """
-        self.write(tokens, top_tokens(logits, self.k)[1])
+        values, successors = top_tokens(logits, self.k)
+        self.write(tokens, successors, values)
 
-    def write(self, tokens: Tensor, successors: Tensor) -> None:
-        """Overwrite the rows of ``tokens`` (N,) with ``successors`` (N, k); the later of two equal tokens wins."""
-        tokens, successors = tokens.cpu(), successors.cpu()
+    def write(self, tokens: Tensor, successors: Tensor, values: Tensor) -> None:
+        """Overwrite the rows of ``tokens`` (N,) with ``successors`` (N, k); the later of two equal tokens wins.
+
+        Args:
+            tokens: (N,) int64.
+            successors: (N, k) int64, likeliest first.
+            values: (N, k) their logits.
+        """
+        tokens, successors, values = tokens.cpu(), successors.cpu(), values.cpu()
         self._check_ids(tokens)
         last = last_occurrences(tokens)
         self.table[tokens[last]] = successors[last].to(self.table.dtype)
+        self.shares[tokens[last]] = values[last].float().softmax(1)
         self.count[tokens[last]] = self.k
 
     def put_first(self, tokens: Tensor, successors: Tensor) -> None:
@@ -107,6 +124,8 @@ class AdjacencyMatrix:
         order = (~stays).to(torch.int8).argsort(dim=1, stable=True)
         shifted = torch.cat([first[:, None], row.gather(1, order)], dim=1)[:, : self.k]
         self.table[tokens] = shifted
+        share = self.shares[tokens].gather(1, order)
+        self.shares[tokens] = torch.cat([torch.full_like(share[:, :1], SEEN), share], dim=1)[:, : self.k]
         self.count[tokens] = (stays.sum(1) + 1).clamp(max=self.k)
 
     def ranks(self, tokens: Tensor, successors: Tensor) -> Tensor:
@@ -134,7 +153,7 @@ class AdjacencyMatrix:
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
         os.close(handle)
         try:
-            save_file({"table": self.table, "count": self.count}, name, metadata=about)
+            save_file({"table": self.table, "count": self.count, "shares": self.shares}, name, metadata=about)
             os.replace(name, target)
         except BaseException:
             Path(name).unlink(missing_ok=True)
@@ -154,13 +173,13 @@ class AdjacencyMatrix:
                 about = file.metadata() or {}
                 if about.get("kind") != "tokenmill.AdjacencyMatrix":
                     raise LimitError("AdjacencyMatrix.load", "path", str(path), "a file that save() wrote")
-                table, count = file.get_tensor("table"), file.get_tensor("count")
+                table, count, shares = (file.get_tensor(name) for name in ("table", "count", "shares"))
         except SafetensorError as error:
             raise LimitError("AdjacencyMatrix.load", "path", str(path), f"a safetensors file ({error})") from error
         matrix = cls(table.shape[0], table.shape[1], table.dtype)
-        matrix.table, matrix.count = table, count
+        matrix.table, matrix.count, matrix.shares = table, count, shares
         matrix._check_ids(table)
-        matrix.statistics = Statistics.from_dict(matrix.k, json.loads(about["statistics"]))
+        matrix.statistics = Statistics.from_dict(json.loads(about["statistics"]))
         return matrix
 
     def _check_ids(self, ids: Tensor) -> None:

@@ -1,9 +1,10 @@
 """Which tree to draft next: the one with the most expected tokens per millisecond.
 
-Two things are predicted. Adjacency nodes are right according to their rank and to the rank that was right before
-(text that follows the matrix goes on doing so). Nodes of an n-gram chain are right according to the length of the
-match so far. Both are counted while decoding, also for candidates that were not drafted: the text tells afterwards
-which rank was the right one. This planning is ours; the paper uses one fixed tree.
+Two things are predicted. An adjacency node is right according to the share that its token had among its row's k
+successors when the row was written, and to what was right just before (text that follows the matrix goes on doing
+so). A node of an n-gram chain is right according to the length of the match behind it. Both are calibrated by what
+really came, also for candidates that were not drafted: the text tells afterwards which one was right. This planning
+is ours; the paper uses one fixed tree.
 """
 
 from __future__ import annotations
@@ -14,218 +15,196 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-
-from tokenmill.decode._tree import Tree
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-# What a hot matrix of a 270M model did on Python source, before anything is counted.
-_AFTER_MISS = (0.36, 0.08, 0.05, 0.035, 0.025, 0.02, 0.015, 0.012)
-_AFTER_FIRST = (0.60, 0.11, 0.05, 0.03, 0.02, 0.015, 0.01, 0.008)
-_AFTER_OTHER = (0.42, 0.10, 0.05, 0.03, 0.02, 0.015, 0.01, 0.008)
-_BY_MATCH = (0.25, 0.45, 0.58, 0.68, 0.76, 0.80, 0.83, 0.85, 0.87, 0.88, 0.89, 0.90, 0.91, 0.92, 0.93, 0.94)
-LONGEST_MATCH = len(_BY_MATCH)
-_MISS, _FIRST, _OTHER = 0, 1, 2
+SEEN = 2.0  # a share above 1 marks a successor that really stood there in the prompt
+EDGES = np.array([0.01, 0.03, 0.06, 0.12, 0.2, 0.3, 0.45, 0.6, 0.75, 0.87, 0.95, 1.5])  # of shares; the last is SEEN
+MISS, FIRST, OTHER = 0, 1, 2  # what was right just before: nothing in the row, rank 0, another rank
+# Shares of a row are a model's own beliefs at another place of the text: right less often than they say.
+_BY_SHARE = np.array([0.004, 0.012, 0.03, 0.05, 0.09, 0.14, 0.2, 0.28, 0.36, 0.46, 0.58, 0.75, 0.45])
+_BY_STATE = np.array([0.8, 1.15, 0.9])
+_BY_MATCH = np.array([0.22, 0.42, 0.56, 0.66, 0.74, 0.79, 0.82, 0.85, 0.87, 0.88, 0.89, 0.9, 0.91, 0.92, 0.93, 0.94])
+LONGEST_MATCH = _BY_MATCH.size
+_BY_RANK = np.array([[0.36, 0.08, 0.05, 0.035], [0.60, 0.11, 0.05, 0.03], [0.42, 0.10, 0.05, 0.03]])
+CERTAIN = 0.995  # no prediction is surer, so that a child is always less likely than its parent
+WIDEST = 32  # nodes of one level that are followed further
+HOPELESS = 0.01  # nodes below this chance are not followed
 
 
 class Statistics:
-    """Decayed counts of which rank, and which length of match, was right.
+    """Decayed counts of how often a predicted token was right."""
 
-    Args:
-        k: ranks of the adjacency matrix.
-    """
+    PRIOR_SHARE, PRIOR_MATCH, DECAY = 10.0, 6.0, 0.98
 
-    PRIOR_RANKS, PRIOR_MATCH, DECAY = 16.0, 8.0, 0.985
+    def __init__(self) -> None:
+        share = np.minimum(_BY_SHARE * _BY_STATE[:, None], 0.95)
+        self._share_prior = self.PRIOR_SHARE * np.stack([share, np.ones_like(share)])
+        self._match_prior = self.PRIOR_MATCH * np.stack([_BY_MATCH, np.ones_like(_BY_MATCH)])
+        self.shares: Floats = np.zeros((2, 3, EDGES.size + 1))  # hits and tries, by state and bin of the share
+        self.matches: Floats = np.zeros((2, LONGEST_MATCH))  # hits and tries, by length of the match
+        self.state = MISS
 
-    def __init__(self, k: int) -> None:
-        self.k = k
-        table = np.array([_AFTER_MISS, _AFTER_FIRST, _AFTER_OTHER])
-        prior = np.full((3, k + 1), 0.004)
-        prior[:, : min(k, 8)] = table[:, :k]
-        prior[:, k] = np.maximum(1 - prior[:, :k].sum(1), 0.02)
-        self._rank_prior = self.PRIOR_RANKS * prior / prior.sum(1, keepdims=True)
-        self._match_prior = self.PRIOR_MATCH * np.stack([np.array(_BY_MATCH), 1 - np.array(_BY_MATCH)], axis=1)
-        self.ranks: Floats = np.zeros((3, k + 1))
-        self.matches: Floats = np.zeros((LONGEST_MATCH, 2))
-        self.state = _MISS
+    def by_share(self) -> Floats:
+        """(3, bins) chance that a successor is right, by what was right before it and the bin of its share."""
+        hits, tries = self._share_prior + self.shares
+        return np.minimum(hits / tries, CERTAIN)
 
-    def successor(self) -> Floats:
-        """(3, k) probability that rank r is right, after a miss, a first rank and another rank."""
-        counts = self._rank_prior + self.ranks
-        return np.minimum((counts / counts.sum(1, keepdims=True))[:, : self.k], 0.995)
-
-    def continuation(self) -> Floats:
-        """(16,) probability that the next token of an n-gram chain is right, by length of the match."""
-        counts = self._match_prior + self.matches
+    def by_match(self) -> Floats:
+        """(16,) chance that the next token of an n-gram chain is right, by length of the match."""
+        hits, tries = self._match_prior + self.matches
         # A longer match is not a worse one: what was seen at one length speaks for the longer ones too.
-        return np.minimum(np.maximum.accumulate(counts[:, 0] / counts.sum(1)), 0.995)
+        return np.minimum(np.maximum.accumulate(hits / tries), CERTAIN)
 
-    def saw_ranks(self, ranks: Sequence[int]) -> None:
-        """Count the ranks (k: not in the matrix) at which the committed tokens stood, in order."""
-        for rank in ranks:
-            row = self.ranks[self.state]
-            row *= self.DECAY
-            row[rank] += 1
-            self.state = _FIRST if rank == 0 else (_MISS if rank >= self.k else _OTHER)
+    def saw_successors(self, shares: Floats, ranks: Sequence[int]) -> None:
+        """Count committed tokens, in order.
+
+        Args:
+            shares: (A, k) shares in the row of the token before each one; below 0 where nothing is known.
+            ranks: (A,) where the committed token stood in that row; k: nowhere.
+        """
+        k = shares.shape[1]
+        for row, rank in zip(shares, ranks, strict=True):
+            bins = np.searchsorted(EDGES, row[row >= 0], side="right")
+            self.shares[:, self.state] *= self.DECAY
+            np.add.at(self.shares[1, self.state], bins, 1.0)
+            if rank < k:
+                self.shares[0, self.state, bins[rank]] += 1.0
+            self.state = FIRST if rank == 0 else (MISS if rank >= k else OTHER)
 
     def saw_chain(self, matched: int, hits: int, seen: int) -> None:
         """Count a chain behind a match of ``matched`` tokens: its first ``hits`` tokens of ``seen`` were right."""
         for i in range(min(hits + 1, seen)):
-            row = self.matches[min(matched + i, LONGEST_MATCH) - 1]
-            row *= self.DECAY
-            row[0 if i < hits else 1] += 1
+            at = min(matched + i, LONGEST_MATCH) - 1
+            self.matches[:, at] *= self.DECAY
+            self.matches[:, at] += (1.0 if i < hits else 0.0, 1.0)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"ranks": self.ranks.tolist(), "matches": self.matches.tolist()}
+        """The counts as plain data."""
+        return {"shares": self.shares.tolist(), "matches": self.matches.tolist()}
 
     @classmethod
-    def from_dict(cls, k: int, data: dict[str, Any]) -> Statistics:
-        new = cls(k)
-        new.ranks = np.array(data["ranks"], dtype=np.float64).reshape(3, k + 1)
-        new.matches = np.array(data["matches"], dtype=np.float64).reshape(LONGEST_MATCH, 2)
+    def from_dict(cls, data: dict[str, Any]) -> Statistics:
+        """Read what `to_dict` gave."""
+        new = cls()
+        new.shares = np.array(data["shares"], dtype=np.float64).reshape(new.shares.shape)
+        new.matches = np.array(data["matches"], dtype=np.float64).reshape(new.matches.shape)
         return new
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Draft:
-    """A planned draft; tokens are filled in level by level.
+class Rows:
+    """The adjacency matrix as arrays: ids (V, k), shares (V, k) and known successors (V,)."""
 
-    Attributes:
-        parent: (N,) int64, -1 at the root.
-        rank: (N,) int64, the successor rank; -1 where the token comes from the n-gram chain (and at the root).
-        depth: (N,) int64, ascending.
-    """
-
-    parent: Ints
-    rank: Ints
-    depth: Ints
+    table: NDArray[np.integer]
+    shares: NDArray[np.floating]
+    count: Ints
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Universe:
-    """All nodes that a plan may choose from: a chain of `spine` nodes, and adjacency paths that leave it.
+class Plan:
+    """Candidate nodes of a draft, root first, parents before children, sorted by depth.
 
     Attributes:
-        parent, rank, depth: (U,) as in `Draft`, root first, parents before children.
-        leaves: (U,) the depth at which a node's path leaves the spine; its own depth on the spine.
-        first: (U,) rank of the first step off the spine, -1 on the spine.
-        later: (U, 3 * k) how often each (previous kind, rank) occurs behind that first step.
+        tokens, parent, depth: (N,) int64; the root's parent is -1.
+        chance: (N,) that the node is accepted; 1 at the root, never above its parent's.
     """
 
+    tokens: Ints
     parent: Ints
-    rank: Ints
     depth: Ints
-    leaves: Ints
-    first: Ints
-    later: Floats
+    chance: Floats
+
+    def select(self, keep: NDArray[np.bool_]) -> Plan:
+        """The nodes where ``keep`` (N,) holds, which must be closed under parents."""
+        number = np.cumsum(keep) - 1
+        parent = self.parent[keep]
+        parent = np.where(parent < 0, -1, number[np.maximum(parent, 0)])
+        return Plan(self.tokens[keep], parent, self.depth[keep], self.chance[keep])
 
 
-@lru_cache(maxsize=8)
-def universe(k: int, spine: int, copies: int, paths: int) -> Universe:
-    """``paths`` adjacency paths under each of the first ``copies`` spine nodes (the root is the first)."""
-    rows: list[tuple[int, int, int, tuple[int, ...]]] = []  # (depth, 1 off the spine, leaves at, ranks)
-    rows += [(d, 0, d, ()) for d in range(spine + 1)]
-    for start in range(min(copies, spine + 1)):
-        rows += [(start + len(p), 1, start, p) for p in best_paths(k, paths)]
-    rows.sort(key=lambda r: r[:3])
-    number = {(leaves, ranks): i for i, (_, _, leaves, ranks) in enumerate(rows)}
-    parent = [
-        number[(leaves, ranks[:-1])] if ranks else number.get((leaves - 1, ()), -1) for _, _, leaves, ranks in rows
-    ]
-    later = np.zeros((len(rows), 3 * k))
-    for i, (_, _, _, ranks) in enumerate(rows):
-        for before, rank in zip(ranks, ranks[1:], strict=False):
-            later[i, (_FIRST if before == 0 else _OTHER) * k + rank] += 1
-    return Universe(
-        parent=np.array(parent),
-        rank=np.array([r[3][-1] if r[3] else -1 for r in rows]),
-        depth=np.array([r[0] for r in rows]),
-        leaves=np.array([r[2] for r in rows]),
-        first=np.array([r[3][0] if r[3] else -1 for r in rows]),
-        later=later,
-    )
+def candidates(rows: Rows, statistics: Statistics, root: int, chain: Ints, matched: int, depth_limit: int) -> Plan:
+    """Everything that may be worth drafting behind ``root``, level by level.
+
+    Args:
+        rows: the adjacency matrix.
+        statistics: what was counted.
+        root: the last committed token.
+        chain: (C,) n-gram continuation of the root; empty without a match.
+        matched: length of its match.
+        depth_limit: deeper nodes are not drafted.
+    """
+    by_share, by_match = statistics.by_share(), statistics.by_match()
+    k = rows.table.shape[1]
+    tokens, chance, state = np.array([root]), np.ones(1), np.array([statistics.state])
+    number, spine, total = np.zeros(1, dtype=np.int64), 0, 1  # spine: where this level's chain node stands, or -1
+    levels = [(tokens, np.array([-1]), np.zeros(1, dtype=np.int64), chance)]
+    states = np.append(np.full(k, OTHER), FIRST)
+    states[0] = FIRST
+    for depth in range(1, depth_limit + 1):
+        ids, known = rows.table[tokens], np.arange(k) < rows.count[tokens][:, None]  # (W, k)
+        right = by_share[state[:, None], np.searchsorted(EDGES, rows.shares[tokens], side="right")] * known
+        right /= np.maximum(right.sum(1, keepdims=True), 1.0)
+        ids = np.concatenate([ids, np.full((ids.shape[0], 1), -1)], axis=1)
+        right = np.concatenate([right, np.zeros((right.shape[0], 1))], axis=1)
+        if spine >= 0 and depth <= chain.size:
+            _add_chain(ids[spine], right[spine], int(chain[depth - 1]), by_match[min(matched + depth - 1, LONGEST_MATCH) - 1])
+        reach = (chance[:, None] * np.minimum(right, CERTAIN)).ravel()
+        best = np.argsort(-reach, kind="stable")[:WIDEST]
+        best = best[reach[best] > HOPELESS]
+        if best.size == 0:
+            break
+        width = k + 1
+        on_chain = np.flatnonzero(best == spine * width + k) if spine >= 0 else best[:0]
+        spine = int(on_chain[0]) if on_chain.size else -1
+        tokens, chance, state = ids.ravel()[best].astype(np.int64), reach[best], states[best % width]
+        levels.append((tokens, number[best // width], np.full(best.size, depth), chance))
+        number = total + np.arange(best.size)
+        total += best.size
+    return Plan(*(np.concatenate(column) for column in zip(*levels, strict=True)))
+
+
+def _add_chain(ids: Ints, right: Floats, token: int, chance: float) -> None:
+    """Put a chain's token into the last place of a row; what else may come shares what it leaves."""
+    same = ids == token
+    chance = min(max(chance, float(right[same].sum())), CERTAIN)
+    right[same] = 0.0
+    others = right.sum()
+    if others > 0:
+        right *= min(1.0, (1.0 - chance) / others)
+    ids[-1], right[-1] = token, chance
+
+
+def most_per_ms(plan: Plan, cost: Floats) -> Plan:
+    """The part of a plan with the most expected tokens per millisecond: down to the root when no node pays.
+
+    Args:
+        plan: candidates.
+        cost: (M,) milliseconds of a forward over 1..M positions.
+    """
+    order = np.argsort(-plan.chance, kind="stable")[: cost.shape[0]]
+    size = int(np.argmax(np.cumsum(plan.chance[order]) / cost[: order.size])) + 1
+    keep = np.zeros(plan.chance.size, dtype=bool)
+    keep[order[:size]] = True
+    return plan.select(keep)
 
 
 @lru_cache(maxsize=32)
 def best_paths(k: int, n: int, deepest: int = 16) -> tuple[tuple[int, ...], ...]:
-    """The n likeliest paths before anything is counted, sorted by depth: prefix-closed by construction."""
-    table = Statistics(k).successor()
-    start = table[_MISS] * 0.5 + table[_FIRST] * 0.5
-    open_paths = [((r,), start[r]) for r in range(k)]
+    """The n likeliest rank paths of a tree that is fixed beforehand, sorted by depth, prefix-closed.
+
+    From rank frequencies of a hot matrix on Python source: first rank .36 after a miss and .60 after a hit.
+    """
+    table = np.concatenate([_BY_RANK, np.geomspace(0.022, 0.008, max(k - 4, 1))[None].repeat(3, 0)], axis=1)[:, :k]
+    start = (table[MISS] + table[FIRST]) / 2
+    waiting = [((r,), start[r]) for r in range(k)]
     chosen: list[tuple[int, ...]] = []
-    while len(chosen) < n and open_paths:
-        best = max(range(len(open_paths)), key=lambda i: open_paths[i][1])
-        path, share = open_paths.pop(best)
+    while len(chosen) < n and waiting:
+        path, share = waiting.pop(max(range(len(waiting)), key=lambda i: waiting[i][1]))
         chosen.append(path)
         if len(path) < deepest:
-            row = table[_FIRST if path[-1] == 0 else _OTHER]
-            open_paths += [((*path, r), share * row[r]) for r in range(k)]
+            row = table[FIRST if path[-1] == 0 else OTHER]
+            waiting += [((*path, r), share * row[r]) for r in range(k)]
     return tuple(sorted(chosen, key=lambda p: (len(p), p)))
-
-
-def expected_hits(
-    nodes: Universe, statistics: Statistics, *, matched: int, chain_ranks: Ints, depth_limit: int
-) -> Floats:
-    """(U,) probability that each node of the universe is accepted, 0 where it may not be drafted.
-
-    Args:
-        nodes: the universe.
-        statistics: what was counted.
-        matched: tokens of the n-gram match; 0 means that there is no chain.
-        chain_ranks: (copies,) rank of the next chain token in the matrix row of each spine node; k: not there.
-        depth_limit: deeper nodes are not drafted.
-    """
-    successor, k = statistics.successor(), statistics.k
-    spine = int(nodes.leaves.max())
-    go_on = np.zeros(spine + 1)  # go_on[j]: the chain's token j + 1 is right, given the first j were
-    if matched:
-        lengths = np.minimum(matched + np.arange(spine + 1), LONGEST_MATCH) - 1
-        go_on = statistics.continuation()[lengths]
-    reach = np.concatenate([[1.0], np.cumprod(go_on[:-1])])  # (spine + 1,)
-    copies = chain_ranks.shape[0]
-    start = np.tile(successor[_FIRST], (copies, 1))  # behind a chain token that was right
-    start[0] = successor[statistics.state]
-    padded = np.concatenate([start, np.zeros((copies, 1))], axis=1)
-    on_chain = padded[np.arange(copies), np.minimum(chain_ranks, k)]
-    leave = reach[:copies] * (1 - go_on[:copies]) / np.maximum(1 - on_chain, 0.05)
-    if matched:
-        padded[np.arange(copies), np.minimum(chain_ranks, k)] = 0.0  # the chain has this token already
-    off = nodes.first >= 0
-    hits = reach[nodes.leaves]
-    at = nodes.leaves[off]
-    first = np.minimum(leave[at, None] * padded[at, :k], reach[at, None])[np.arange(at.size), nodes.first[off]]
-    hits[off] = first * np.exp(nodes.later[off] @ np.log(np.maximum(successor, 1e-9)).ravel())
-    hits[nodes.depth > depth_limit] = 0.0
-    hits[0] = 1.0
-    return hits
-
-
-def choose(nodes: Universe, hits: Floats, cost: Floats) -> Draft:
-    """The nodes that maximise expected tokens per millisecond.
-
-    Args:
-        nodes: the universe.
-        hits: (U,) from `expected_hits`; a child is never likelier than its parent.
-        cost: (M,) milliseconds of a forward over 1..M positions.
-    """
-    order = np.argsort(-hits, kind="stable")[: cost.shape[0]]
-    gain = np.cumsum(hits[order])
-    size = int(np.argmax(np.where(hits[order] > 0, gain / cost[: order.size], 0.0))) + 1
-    return subset(nodes, order[:size])
-
-
-def subset(nodes: Universe | Draft, chosen: Ints) -> Draft:
-    """The draft made of ``chosen`` nodes (closed under parents)."""
-    keep = np.zeros(nodes.parent.shape[0], dtype=bool)
-    keep[chosen] = True
-    number = np.cumsum(keep) - 1
-    parent = nodes.parent[keep]
-    return Draft(np.where(parent < 0, -1, number[np.maximum(parent, 0)]), nodes.rank[keep], nodes.depth[keep])
-
-
-def draft_tree(draft: Draft) -> Tree:
-    """The shape of a draft as tensors."""
-    return Tree.from_parents(torch.from_numpy(draft.parent))

@@ -22,12 +22,12 @@ from torch import Tensor
 from tokenmill import hf
 from tokenmill.catalog import Card, Paper, Reported
 from tokenmill.decode._adjacency import AdjacencyMatrix, last_occurrences, vocabulary
-from tokenmill.decode._draft import fill, template_draft
+from tokenmill.decode._draft import fill, template_shape
 from tokenmill.decode._ngram import longest_match
-from tokenmill.decode._plan import Draft, best_paths, choose, expected_hits, subset, universe
+from tokenmill.decode._plan import LONGEST_MATCH, Floats, best_paths, candidates, most_per_ms
 from tokenmill.decode._session import DecodeTrace, Request, Run, Session, check_seed, decoding, generator_for
 from tokenmill.decode._topk import top_tokens
-from tokenmill.decode._tree import TreeTemplate, verify
+from tokenmill.decode._tree import Tree, TreeTemplate, verify
 from tokenmill.errors import LimitError, unknown_name
 
 if TYPE_CHECKING:
@@ -81,8 +81,7 @@ _OFFICIAL = (
 )
 TREES = ("0", "5", "7", "15", "32", "2.2.2", "auto")
 CHAIN = 10  # n-gram nodes beside a fixed tree, as many as prompt lookup drafts
-SPINE, COPIES, PATHS = 24, 4, 64  # what a planned hybrid tree may choose from
-ALONE = 160  # the same without n-grams
+LONGEST_CHAIN = 24  # n-gram nodes that a planned tree may choose from
 PLANNED = 48  # positions that a planned tree may take
 
 
@@ -209,8 +208,7 @@ class TokenRecycling:
         return session.sequence[0]
 
     def _step(self, session: Session, matrix: AdjacencyMatrix, planner: Planner) -> None:
-        draft, chain = planner.next(session.depth_limit)
-        tokens, tree = fill(draft, matrix, planner.last, chain)
+        tokens, tree = planner.next(session.depth_limit)
         device = session.device
         on_device, tree_on_device = tokens.to(device), tree.to(device)
         logits = session.forward(on_device, tree_on_device)
@@ -221,7 +219,7 @@ class TokenRecycling:
         else:
             scores = session.process(logits, tree_on_device, on_device)
             chosen = session.choose(scores)
-        chosen, tops = chosen.cpu(), tops.cpu()
+        chosen, tops, values = chosen.cpu(), tops.cpu(), values.cpu()
         nodes = verify(tree, tokens, chosen)
         emitted = chosen[nodes]
         committed = session.commit(nodes.to(device), emitted.to(device), scores, logits)
@@ -231,7 +229,7 @@ class TokenRecycling:
         accepted = torch.zeros(len(tree), dtype=torch.bool)
         accepted[nodes] = True
         order = torch.cat([(~accepted).nonzero().squeeze(1), nodes])
-        matrix.write(tokens[order], tops[order])
+        matrix.write(tokens[order], tops[order], values[order])
 
     def _template(self, k: int) -> TreeTemplate | None:
         if isinstance(self.tree, TreeTemplate):
@@ -239,7 +237,7 @@ class TokenRecycling:
         return None if self.tree == "auto" else tree_template(self.tree, k)
 
     def _planner(self, model: PreTrainedModel, matrix: AdjacencyMatrix, session: Session) -> Planner:
-        template, cost = self._template(matrix.k), None
+        template, cost = self._template(matrix.k), np.ones(1)
         if template is None:
             from tokenmill import models
 
@@ -260,55 +258,31 @@ class Planner:
     """
 
     def __init__(
-        self,
-        matrix: AdjacencyMatrix,
-        template: TreeTemplate | None,
-        cost: np.ndarray | None,
-        *,
-        hybrid: bool,
-        room: int,
+        self, matrix: AdjacencyMatrix, template: TreeTemplate | None, cost: Floats, *, hybrid: bool, room: int
     ) -> None:
-        self.matrix, self.cost, self.hybrid = matrix, cost, hybrid
-        self.fixed = None if template is None else template_draft(template, CHAIN if hybrid else 0)
-        self.nodes = universe(matrix.k, SPINE, COPIES, PATHS) if hybrid else universe(matrix.k, 0, 1, ALONE)
+        self.matrix, self.rows, self.cost = matrix, matrix.rows, cost
+        self.shape = None if template is None else template_shape(template, CHAIN if hybrid else 0)
+        self.chain_length = (CHAIN if template is not None else LONGEST_CHAIN) if hybrid else 0
         self.ids = np.zeros(room, dtype=np.int64)
         self.length = 0
         self.chain, self.matched = self.ids[:0], 0
-
-    @property
-    def last(self) -> int:
-        return int(self.ids[self.length - 1])
 
     def saw(self, tokens: Tensor) -> None:
         """Append committed tokens (A,)."""
         self.ids[self.length : self.length + tokens.shape[0]] = tokens.cpu().numpy()
         self.length += tokens.shape[0]
 
-    def next(self, depth_limit: int) -> tuple[Draft, np.ndarray]:
-        """The next draft, and the n-gram continuation that its chain nodes take."""
-        if self.hybrid:
-            self.chain, self.matched = longest_match(self.ids[: self.length], length=SPINE)
-        if self.fixed is not None:
-            draft = self.fixed
-            if depth_limit < int(draft.depth[-1]):
-                draft = subset(draft, np.flatnonzero(draft.depth <= depth_limit))
-            return draft, self.chain
-        hits = expected_hits(
-            self.nodes,
-            self.matrix.statistics,
-            matched=self.matched,
-            chain_ranks=self._chain_ranks(),
-            depth_limit=depth_limit,
-        )
-        return choose(self.nodes, hits, self.cost if self.cost is not None else np.ones(1)), self.chain
-
-    def _chain_ranks(self) -> np.ndarray:
-        if not self.hybrid:
-            return np.full(1, self.matrix.k)
-        if not self.matched:
-            return np.full(COPIES, self.matrix.k)
-        before = torch.tensor([self.last, *self.chain[: COPIES - 1].tolist()])
-        return self.matrix.ranks(before, torch.from_numpy(self.chain[:COPIES])).numpy()
+    def next(self, depth_limit: int) -> tuple[Tensor, Tree]:
+        """The next draft: tokens (N,) int64 with the root first, and their tree."""
+        text = self.ids[: self.length]
+        self.chain, self.matched = longest_match(text, length=self.chain_length, longest=LONGEST_MATCH)
+        root = int(text[-1])
+        if self.shape is not None:
+            plan = fill(self.shape, self.rows, root, self.chain, depth_limit)
+        else:
+            found = candidates(self.rows, self.matrix.statistics, root, self.chain, self.matched, depth_limit)
+            plan = most_per_ms(found, self.cost)
+        return torch.from_numpy(plan.tokens), Tree.from_parents(torch.from_numpy(plan.parent))
 
     def learn(self, before: Tensor, tokens: Tensor) -> None:
         """Count which predictions of the last step were right. Call it before the matrix is written.
@@ -317,9 +291,11 @@ class Planner:
             before: (A,) the token before each emitted one.
             tokens: (A,) the emitted tokens.
         """
-        self.matrix.statistics.saw_ranks(self.matrix.ranks(before, tokens).tolist())
+        known = torch.arange(self.matrix.k) < self.matrix.count[before][:, None]
+        shares = torch.where(known, self.matrix.shares[before], -1.0)
+        self.matrix.statistics.saw_successors(shares.numpy(), self.matrix.ranks(before, tokens).tolist())
         if self.matched:
-            seen = min(tokens.shape[0], self.chain.shape[0])
+            seen = min(tokens.shape[0], self.chain.size)
             agrees = np.cumprod(self.chain[:seen] == tokens[:seen].numpy())
             self.matrix.statistics.saw_chain(self.matched, int(agrees.sum()), seen)
         self.saw(tokens)
@@ -338,8 +314,9 @@ def warm_up(matrix: AdjacencyMatrix, model: PreTrainedModel, prompt: Tensor, hid
     last = last_occurrences(tokens.cpu())  # only the last of equal tokens would stay
     head = model.get_output_embeddings()
     with torch.no_grad():
-        tops = [top_tokens(head(part), matrix.k)[1] for part in hidden[last.to(hidden.device)].split(rows)]
-    matrix.write(tokens.cpu()[last], torch.cat(tops))
+        tops = [top_tokens(head(part), matrix.k) for part in hidden[last.to(hidden.device)].split(rows)]
+    values, successors = (torch.cat(column) for column in zip(*tops, strict=True))
+    matrix.write(tokens.cpu()[last], successors, values)
     if tokens.shape[0] > 1:
         matrix.put_first(tokens[:-1], tokens[1:])
 
