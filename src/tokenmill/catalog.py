@@ -179,7 +179,7 @@ def entry(slug: str) -> Entry:
     """
     known = entries()
     if (wanted := slug.replace("_", "-")) not in known:
-        raise unknown_name("tokenmill", "method", slug, known)
+        raise unknown_name("catalog", "method", slug, known)
     return known[wanted]
 
 
@@ -196,7 +196,7 @@ def card(slug: str) -> Card:
 def cards(family: str | None = None) -> list[Card]:
     """The cards of all methods, or of one family, in the order of the catalog."""
     if family is not None and family not in FAMILIES:
-        raise unknown_name("tokenmill", "family", family, FAMILIES)
+        raise unknown_name("catalog", "family", family, FAMILIES)
     return [_card(e) for e in entries().values() if family in (None, e.family)]
 
 

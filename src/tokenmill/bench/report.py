@@ -6,15 +6,14 @@ import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from tokenmill.errors import LimitError, MissingExtraError
+from tokenmill.errors import LimitError
 
+from ._plot import Point, draw
 from .result import Result, read_results
 from .task import Metric, load_task
 
 _STYLE = Path(__file__).with_name("report.css")
-BLUE, GREY, INK = "#2f5d8a", "#9aa4ae", "#1f2933"
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,37 +151,9 @@ def _commands(results: Sequence[Result]) -> str:
 
 
 def _plot(group: Group, ok: Sequence[Result], front: set[str]) -> str:
-    """Quality over cost as inline SVG, with the Pareto front as a line."""
-    try:
-        import altair as alt
-        import vl_convert
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("report", str(error.name), "bench") from error
     metrics: Mapping[str, Metric] = load_task(group.results[0].task).Task.METRICS
-    rows: list[dict[str, Any]] = [
-        {
-            "method": _label(r),
-            "cost": r.ratio["ms_p50"][0],
-            "low": r.ratio["ms_p50"][1],
-            "high": r.ratio["ms_p50"][2],
-            "quality": r.quality[group.metric],
-            "front": r.key in front,
-        }
-        for r in ok
-    ]
-    x = alt.X("cost:Q", title="time, as a share of plain's", scale=alt.Scale(zero=False, nice=True, padding=24))
-    y = alt.Y("quality:Q", title=metrics[group.metric].title, scale=alt.Scale(zero=False, nice=True, padding=24))
-    base = alt.Chart(alt.Data(values=rows))
-    on = alt.datum.front == True  # noqa: E712 - builds an expression
-    line = base.transform_filter(on).mark_line(color=BLUE, opacity=0.35, strokeWidth=2, interpolate="step-after")
-    spread = base.mark_rule(color=GREY, opacity=0.8).encode(x="low:Q", x2="high:Q", y=y)
-    color = alt.condition(on, alt.value(BLUE), alt.value(GREY))
-    dots = base.mark_circle(size=90, opacity=1).encode(x=x, y=y, color=color)
-    names = base.mark_text(align="center", dy=-13, fontSize=11, color=INK).encode(x=x, y=y, text="method:N")
-    one = alt.Chart(alt.Data(values=[{"cost": 1.0}])).mark_rule(strokeDash=[3, 4], color=GREY).encode(x="cost:Q")
-    chart = (one + line.encode(x=x, y=y) + spread + dots + names).properties(width=680, height=300)
-    chart = chart.configure_view(stroke=None).configure_axis(
-        grid=True, gridColor="#eef1f4", domain=False, tickColor="#d5dbe1", labelColor="#52606d", titleColor=INK,
-        titleFontWeight="normal", labelFontSize=11, titleFontSize=12,
-    )  # fmt: skip
-    return vl_convert.vegalite_to_svg(chart.to_dict())
+    points = []
+    for r in ok:
+        cost, low, high = r.ratio["ms_p50"]
+        points.append(Point(_label(r), cost, low, high, r.quality[group.metric], r.key in front))
+    return draw(points, "time, as a share of plain's", metrics[group.metric].title)

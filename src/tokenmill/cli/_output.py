@@ -1,0 +1,50 @@
+"""What the subcommands share when they print."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tokenmill.catalog import Card
+
+Json = Annotated[bool, typer.Option("--json", help="Print data instead of a table.")]
+Slug = Annotated[str, typer.Argument(metavar="SLUG", help="The method, as `tokenmill list` names it.")]
+
+
+def console() -> Console:
+    """Where tables go; made anew so that it writes to the present standard output."""
+    return Console(highlight=False, soft_wrap=True)
+
+
+def print_json(data: Any) -> None:
+    """Plain data as JSON; sets become sorted lists."""
+    typer.echo(json.dumps(data, indent=2, default=_plain, ensure_ascii=False))
+
+
+def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = ()) -> None:
+    """A table without lines, the heads named in `right` aligned to the right."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for head in heads:
+        table.add_column(head, justify="right" if head in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console().print(table)
+
+
+def card_data(card: Card) -> dict[str, Any]:
+    """A card as plain data."""
+    return asdict(card)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, frozenset | set):
+        return sorted(value)
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value)
