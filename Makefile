@@ -1,0 +1,42 @@
+# Works from a fresh clone on a machine with Python 3.11, pip and make.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+OUT ?= runs/demo
+
+.PHONY: demo test lint wheel docs clean
+.DEFAULT_GOAL := test
+
+# torch first and alone, so that the index gives the CPU build that constraints.txt names.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tokenmill needs Python 3.11 or later")'
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all,dev]'
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/tokenmill bench generate --model gemma-3-270m --limit 3 --new-tokens 64 \
+	  --methods plain,stock,prompt-lookup,token-recycling:tree=auto:warm_up_from_prompt=true:draft=hybrid \
+	  --out $(OUT)
+	$(BIN)/tokenmill report $(OUT) -o $(OUT)/report.html
+
+# Two workers with one torch thread each: the suite is made for two cores.
+test: $(STAMP)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -p tests._durations $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+
+wheel: $(STAMP)
+	BIN=$(BIN) sh tests/wheel.sh
+
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf build dist site .pytest_cache .ruff_cache .hypothesis
