@@ -4,30 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
 import torch
 from scipy import stats
 from torch import Tensor
-from transformers import LogitsProcessorList, PreTrainedModel
+from transformers import LogitsProcessorList
 
 from tokenmill.decode import _transport
+from tokenmill.models._causal import CausalModel
 
 Law = dict[tuple[int, ...], float]
 
 
 @torch.no_grad()
-def next_laws(model: PreTrainedModel, ids: Tensor, processors: LogitsProcessorList | None = None) -> Tensor:
+def next_laws(model: CausalModel, ids: Tensor, processors: LogitsProcessorList | None = None) -> Tensor:
     """(B, V) float64: the law of the token behind each row of ``ids`` (B, T), after the processors."""
     scores = model(input_ids=ids).logits[:, -1].float()
     return (processors(ids, scores) if processors else scores).double().softmax(1)
 
 
-def joint_law(
-    model: PreTrainedModel, prompt: Tensor, tokens: int, processors: LogitsProcessorList | None = None
-) -> Law:
+def joint_law(model: CausalModel, prompt: Tensor, tokens: int, processors: LogitsProcessorList | None = None) -> Law:
     """The law of the next ``tokens`` tokens behind ``prompt`` (1, T), by enumeration."""
     vocab = model.config.vocab_size
     law: Law = {(): 1.0}
@@ -155,7 +154,7 @@ def draft_sets(law: Tensor, later: Tensor, drafts: int, length: int) -> Iterator
     chains = []
     for path in product(range(vocab), repeat=length):
         share = float(law[path[0]])
-        for a, b in zip(path, path[1:], strict=False):
+        for a, b in pairwise(path):
             share *= float(later[a, b])
         chains.append((path, share))
     for chosen in product(chains, repeat=drafts):

@@ -7,14 +7,14 @@ from functools import cache
 
 import pytest
 from hypothesis import settings
-from transformers import PreTrainedModel
 
 from tokenmill.models import tiny
+from tokenmill.models._causal import CausalModel
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, max_examples=60)
 settings.load_profile("repeatable")
 
-Zoo = Callable[[str, str], PreTrainedModel]
+Zoo = Callable[[str, str], CausalModel]
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +22,7 @@ def zoo() -> Zoo:
     """``zoo(kind, attention)``: a tiny model that is built once. Tests leave it as they found it."""
 
     @cache
-    def build(kind: str, attention: str) -> PreTrainedModel:
+    def build(kind: str, attention: str) -> CausalModel:
         return tiny(kind, seed=3, attn=attention)
 
     return build

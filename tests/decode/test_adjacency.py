@@ -51,7 +51,10 @@ def test_equals_a_slow_twin_after_any_writes(steps: list, dtype: torch.dtype) ->
     fast, slow = AdjacencyMatrix(V, K, dtype), SlowMatrix()
     for name, pairs in steps:
         tokens, values = ([p[i] for p in pairs] for i in range(2))
-        getattr(fast, name)(torch.tensor(tokens), torch.tensor(values))
+        if name == "write":
+            fast.write(torch.tensor(tokens), torch.tensor(values), torch.zeros(len(pairs), K))
+        else:
+            fast.put_first(torch.tensor(tokens), torch.tensor(values))
         getattr(slow, name)(tokens, values)
         assert known_rows(fast) == slow.rows
     assert fast.table.dtype == dtype
@@ -92,20 +95,32 @@ def test_last_occurrences_beyond_the_size_of_the_square() -> None:
 
 def test_reset_forgets_rows_and_statistics() -> None:
     matrix = AdjacencyMatrix(V, K)
-    fresh = matrix.statistics.successor()
     matrix.put_first(torch.tensor([1]), torch.tensor([2]))
-    matrix.statistics.saw_ranks([0] * 50)
+    matrix.statistics.saw_chain(1, 1, 1)
     matrix.reset()
     assert known_rows(matrix) == {}
     assert not bool(matrix.table.any())
-    assert (matrix.statistics.successor() == fresh).all()
+    assert not bool(matrix.shares.any())
+    assert matrix.statistics.to_dict() == AdjacencyMatrix(V, K).statistics.to_dict()
+
+
+def test_shares_stay_beside_their_successors() -> None:
+    matrix, logits = AdjacencyMatrix(V, K), torch.randn(1, V, generator=torch.Generator().manual_seed(3))
+    matrix.update(torch.tensor([5]), logits)
+    values, best = logits[0].topk(K)
+    assert torch.allclose(matrix.shares[5], values.softmax(0))
+    before = matrix.shares[5].tolist()
+    matrix.put_first(torch.tensor([5]), best[2:3])
+    assert matrix.table[5].tolist() == [int(best[i]) for i in (2, 0, 1, 3)]
+    assert matrix.shares[5, 1:].tolist() == [before[0], before[1], before[3]]
+    assert float(matrix.shares[5, 0]) > 1  # it really stood there
 
 
 def written() -> AdjacencyMatrix:
     matrix = AdjacencyMatrix(V, K)
     matrix.update(torch.tensor([2, 4]), torch.randn(2, V, generator=torch.Generator().manual_seed(2)))
     matrix.put_first(torch.tensor([9]), torch.tensor([1]))
-    matrix.statistics.saw_ranks([0, 1, K, 0])
+    matrix.statistics.saw_successors(matrix.shares[[2, 4]].numpy(), [0, K])
     matrix.statistics.saw_chain(3, 2, 4)
     return matrix
 
@@ -116,8 +131,8 @@ def test_save_and_load_keep_everything(tmp_path: Path) -> None:
     again = AdjacencyMatrix.load(path)
     assert known_rows(again) == known_rows(matrix)
     assert torch.equal(again.table, matrix.table)
-    assert (again.statistics.successor() == matrix.statistics.successor()).all()
-    assert (again.statistics.continuation() == matrix.statistics.continuation()).all()
+    assert torch.equal(again.shares, matrix.shares)
+    assert again.statistics.to_dict() == matrix.statistics.to_dict() != AdjacencyMatrix(V, K).statistics.to_dict()
     assert [p.name for p in tmp_path.iterdir()] == ["state.safetensors"]
 
 
@@ -157,10 +172,14 @@ def test_a_file_with_ids_beyond_its_vocabulary_is_refused(tmp_path: Path) -> Non
 @pytest.mark.parametrize("token", [V, -1])
 @pytest.mark.parametrize("method", ["write", "put_first", "update"])
 def test_tokens_outside_the_vocabulary_are_refused(method: str, token: int) -> None:
-    values = {"write": torch.zeros(2, K), "put_first": torch.zeros(2), "update": torch.zeros(2, V)}[method]
+    values = {
+        "write": (torch.zeros(2, K, dtype=torch.long), torch.zeros(2, K)),
+        "put_first": (torch.zeros(2, dtype=torch.long),),
+        "update": (torch.zeros(2, V),),
+    }[method]
     matrix = AdjacencyMatrix(V, K)
     with pytest.raises(LimitError, match=rf"token id = {token}.*V={V}"):
-        getattr(matrix, method)(torch.tensor([1, token]), values)
+        getattr(matrix, method)(torch.tensor([1, token]), *values)
     assert known_rows(matrix) == {}
 
 

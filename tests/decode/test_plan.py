@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from itertools import combinations
+from random import Random
 
 import numpy as np
 import pytest
@@ -9,148 +10,189 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokenmill.decode._adjacency import AdjacencyMatrix
-from tokenmill.decode._draft import fill, template_draft
-from tokenmill.decode._plan import (
-    Draft,
-    Statistics,
-    best_paths,
-    choose,
-    draft_tree,
-    expected_hits,
-    subset,
-    universe,
-)
-from tokenmill.decode._tree import TreeTemplate
+from tokenmill.decode._draft import Shape, fill, template_shape
+from tokenmill.decode._plan import LONGEST_MATCH, Plan, Statistics, best_paths, candidates, most_per_ms
+from tokenmill.decode._tree import Tree, TreeTemplate
 from tokenmill.decode.token_recycling import tree_template
 
 V, K = 9, 4
+NOTHING = np.zeros(0, dtype=np.int64)
 
 
-def counted(random, k: int = K) -> Statistics:
-    """Statistics after a random history."""
-    statistics = Statistics(k)
-    statistics.saw_ranks([random.randrange(k + 1) for _ in range(random.randrange(40))])
-    for _ in range(random.randrange(20)):
+def random_matrix(random: Random, k: int = K, *, distinct: bool = False) -> AdjacencyMatrix:
+    """Some rows unknown, some known in part, successors repeated unless ``distinct``."""
+    matrix = AdjacencyMatrix(V, k)
+    for token in range(V):
+        row = random.sample(range(V), k) if distinct else [random.randrange(V) for _ in range(k)]
+        shares = sorted((random.random() for _ in range(k)), reverse=True)
+        matrix.write(torch.tensor([token]), torch.tensor([row]), torch.tensor([shares]).log())
+        matrix.count[token] = random.choice([0, 1, k, k, k])
+    return matrix
+
+
+def random_statistics(random: Random) -> Statistics:
+    statistics = Statistics()
+    for _ in range(random.randrange(30)):
+        shares = np.array([[random.random() for _ in range(K)]])
+        statistics.saw_successors(shares, [random.randrange(K + 1)])
         seen = random.randrange(1, 9)
         statistics.saw_chain(random.randrange(1, 20), random.randrange(seen + 1), seen)
     return statistics
 
 
-def hits_of(random, *, spine: int, copies: int, paths: int, depth_limit: int = 40) -> tuple:
-    nodes = universe(K, spine, copies, paths)
-    ranks = np.array([random.randrange(K + 1) for _ in range(copies)])
-    matched = random.randrange(0, 20) if spine else 0
-    return nodes, expected_hits(nodes, counted(random), matched=matched, chain_ranks=ranks, depth_limit=depth_limit)
+def random_plan(
+    random: Random, *, hybrid: bool, depth_limit: int = 40, matrix: AdjacencyMatrix | None = None
+) -> tuple[Plan, list[int]]:
+    chain = [random.randrange(V) for _ in range(random.randrange(1, 7))] if hybrid else []
+    plan = candidates(
+        (matrix or random_matrix(random, distinct=True)).rows,
+        random_statistics(random),
+        random.randrange(V),
+        np.array(chain, dtype=np.int64),
+        random.randrange(1, 20) if hybrid else 0,
+        depth_limit,
+    )
+    return plan, chain
 
 
-@given(st.randoms(use_true_random=False), st.sampled_from([(0, 1), (6, 3), (3, 4)]))
-def test_children_are_never_likelier_than_their_parents(random, shape: tuple[int, int]) -> None:
-    nodes, hits = hits_of(random, spine=shape[0], copies=shape[1], paths=30)
-    assert hits[0] == 1.0
-    assert (hits >= 0).all()
-    assert (hits[1:] <= hits[nodes.parent[1:]] + 1e-12).all()
+def token_paths(plan: Plan) -> list[tuple[int, ...]]:
+    ancestors = Tree.from_parents(torch.from_numpy(plan.parent)).ancestors
+    return [tuple(plan.tokens[row.numpy()].tolist()) for row in ancestors]
 
 
-@given(st.randoms(use_true_random=False), st.sampled_from([(0, 1), (6, 3)]))
-def test_the_children_of_a_node_are_right_at_most_as_often_as_the_node(random, shape: tuple[int, int]) -> None:
-    """Only one token follows: the chances of siblings are chances of different tokens."""
-    nodes, hits = hits_of(random, spine=shape[0], copies=shape[1], paths=30)
-    below = np.zeros(len(hits))
-    np.add.at(below, nodes.parent[1:], hits[1:])
-    assert (below <= hits * 1.05 + 1e-9).all()
+randoms, hybrids = st.randoms(use_true_random=False), st.booleans()
 
 
-@given(st.randoms(use_true_random=False), st.integers(0, 5))
-def test_nodes_beyond_the_depth_limit_are_not_expected(random, limit: int) -> None:
-    nodes, hits = hits_of(random, spine=6, copies=3, paths=30, depth_limit=limit)
-    assert (hits[nodes.depth > limit] == 0).all()
-    draft = choose(nodes, hits, np.ones(20))
-    assert int(draft.depth.max()) <= limit
+@given(randoms, hybrids)
+def test_children_are_never_likelier_than_their_parents(random: Random, hybrid: bool) -> None:
+    plan, _ = random_plan(random, hybrid=hybrid)
+    assert plan.chance[0] == 1.0
+    assert plan.parent[0] == -1
+    assert (plan.chance[1:] < plan.chance[plan.parent[1:]]).all()
+    assert (np.diff(plan.depth) >= 0).all()
+    assert (plan.depth[1:] == plan.depth[plan.parent[1:]] + 1).all()
 
 
-def test_the_chain_of_a_long_match_is_expected_and_without_one_it_is_not() -> None:
-    nodes = universe(K, 6, 3, 30)
-    ranks, spine = np.full(3, K), nodes.leaves == nodes.depth
-    without = expected_hits(nodes, Statistics(K), matched=0, chain_ranks=ranks, depth_limit=40)
-    assert (without[spine & (nodes.first < 0)][1:] == 0).all()
-    short, long = (expected_hits(nodes, Statistics(K), matched=m, chain_ranks=ranks, depth_limit=40) for m in (1, 16))
-    on_chain = (nodes.first < 0) & (nodes.depth > 0)
-    assert (long[on_chain] > short[on_chain]).all()
+@given(randoms, hybrids)
+def test_siblings_share_the_chance_of_their_parent(random: Random, hybrid: bool) -> None:
+    """Only one token follows, so the chances of what may follow never add up to more."""
+    plan, _ = random_plan(random, hybrid=hybrid)
+    below = np.zeros(plan.chance.size)
+    np.add.at(below, plan.parent[1:], plan.chance[1:])
+    assert (below <= plan.chance + 1e-9).all()
 
 
-def closed(nodes, chosen: set[int]) -> bool:
-    return 0 in chosen and all(nodes.parent[i] < 0 or nodes.parent[i] in chosen for i in chosen)
+@given(randoms, hybrids, st.integers(0, 5))
+def test_no_candidate_stands_below_the_depth_limit(random: Random, hybrid: bool, limit: int) -> None:
+    plan, _ = random_plan(random, hybrid=hybrid, depth_limit=limit)
+    assert int(plan.depth.max()) <= limit
 
 
-@given(st.randoms(use_true_random=False), st.booleans())
-def test_the_chosen_tree_is_the_best_of_all(random, hybrid: bool) -> None:
+@given(randoms, hybrids)
+def test_candidates_come_from_known_rows_and_from_the_chain(random: Random, hybrid: bool) -> None:
+    matrix = random_matrix(random, distinct=True)
+    plan, chain = random_plan(random, hybrid=hybrid, matrix=matrix)
+    paths = token_paths(plan)
+    assert len(set(paths)) == len(paths)
+    for path in paths[1:]:
+        before, token = path[-2:]
+        in_row = token in matrix.table[before, : int(matrix.count[before])].tolist()
+        assert in_row or list(path[1:]) == chain[: len(path) - 1]
+
+
+def test_the_chain_of_a_longer_match_is_followed_further() -> None:
+    empty, chain = AdjacencyMatrix(V, K).rows, np.array([1, 2, 3, 4, 5, 6, 7, 8])
+    depths, sums = [], []
+    for matched in (1, 3, LONGEST_MATCH, LONGEST_MATCH + 5):
+        plan = candidates(empty, Statistics(), 0, chain, matched, 40)
+        assert token_paths(plan)[-1] == tuple(range(plan.tokens.size))
+        depths.append(int(plan.depth.max()))
+        sums.append(float(plan.chance.sum()))
+    assert depths == sorted(depths)
+    assert sums[0] < sums[1] < sums[2] == sums[3]
+    assert candidates(empty, Statistics(), 0, NOTHING, 0, 40).tokens.tolist() == [0]
+
+
+def test_a_chain_token_that_the_row_has_too_is_one_candidate() -> None:
+    matrix = AdjacencyMatrix(V, K)
+    matrix.write(torch.tensor([0]), torch.tensor([[5, 6, 7, 8]]), torch.tensor([[3.0, 1.0, 0.0, 0.0]]))
+    alone = candidates(matrix.rows, Statistics(), 0, NOTHING, 0, 1)
+    both = candidates(matrix.rows, Statistics(), 0, np.array([6]), 9, 1)
+    chance = [dict(zip(p.tokens.tolist(), p.chance.tolist(), strict=True)) for p in (alone, both)]
+    assert both.tokens.tolist().count(6) == 1
+    assert chance[1][6] > chance[0][6]
+    assert chance[1][5] < chance[0][5]
+
+
+@given(randoms, hybrids)
+def test_the_chosen_part_is_the_best_of_all(random: Random, hybrid: bool) -> None:
     """Brute force over every set of nodes that holds the root and the parents of its members."""
-    spine, copies, paths = (2, 2, 3) if hybrid else (0, 1, 8)
-    nodes, hits = hits_of(random, spine=spine, copies=copies, paths=paths)
-    n = len(hits)
+    plan, _ = random_plan(random, hybrid=hybrid)
+    small = np.zeros(plan.tokens.size, dtype=bool)
+    small[np.argsort(-plan.chance, kind="stable")[:9]] = True
+    plan = plan.select(small)
+    n = plan.tokens.size
     cost = np.cumsum([1.0] + [random.uniform(-0.05, 0.9) for _ in range(5)]).clip(0.5)
-    rates = {
-        members: hits[list(members)].sum() / cost[len(members) - 1]
-        for size in range(1, 7)
+    rates = [
+        plan.chance[list(members)].sum() / cost[len(members) - 1]
+        for size in range(1, min(n, 6) + 1)
         for members in combinations(range(n), size)
-        if closed(nodes, set(members))
-    }
-    draft = choose(nodes, hits, cost)
-    size = draft.parent.shape[0]
-    assert size <= len(cost)
-    # The draft does not say which nodes of the universe it holds, so it is looked up by its shape.
-    chosen = [
-        members
-        for members in rates
-        if len(members) == size
-        and np.array_equal(subset(nodes, np.array(members)).parent, draft.parent)
-        and np.array_equal(subset(nodes, np.array(members)).rank, draft.rank)
+        if 0 in members and all(plan.parent[i] in members for i in members if i)
     ]
-    assert chosen, "the draft is not closed under parents"
-    assert max(rates[m] for m in chosen) == pytest.approx(max(rates.values()), rel=1e-9)
+    best = most_per_ms(plan, cost)
+    assert best.tokens.size <= len(cost)
+    assert set(token_paths(best)) <= set(token_paths(plan))
+    assert best.chance.sum() / cost[best.tokens.size - 1] == pytest.approx(max(rates), rel=1e-12)
 
 
-def test_no_node_is_drafted_when_every_further_position_is_dear() -> None:
-    nodes, statistics = universe(8, 24, 4, 64), Statistics(8)
-    statistics.saw_ranks([0] * 30)
-    hits = expected_hits(nodes, statistics, matched=16, chain_ranks=np.full(4, 8), depth_limit=99)
-    dear = np.concatenate([[1.0], np.full(30, 40.0)])
-    assert choose(nodes, hits, dear).parent.tolist() == [-1]
-    cheap = np.full(31, 1.0)
-    assert choose(nodes, hits, cheap).parent.shape[0] == 31
+def likely_rows() -> AdjacencyMatrix:
+    matrix = AdjacencyMatrix(64, 8)
+    successors = (torch.arange(64)[:, None] + torch.arange(1, 9)) % 64
+    matrix.write(torch.arange(64), successors, torch.linspace(5, 0, 8).expand(64, 8))
+    return matrix
 
 
-def test_what_was_right_moves_the_next_tree() -> None:
-    nodes, cost = universe(8, 0, 1, 80), 1 + 0.12 * np.arange(40)
+def test_nothing_is_drafted_when_every_further_position_is_dear() -> None:
+    plan = candidates(likely_rows().rows, Statistics(), 3, np.arange(10, 30), 16, 99)
+    assert most_per_ms(plan, np.concatenate([[1.0], np.full(30, 40.0)])).tokens.tolist() == [3]
+    assert most_per_ms(plan, np.ones(31)).tokens.size == 31
+    assert most_per_ms(plan, np.ones(1)).tokens.tolist() == [3]
+
+
+def test_what_was_right_makes_the_next_tree_larger() -> None:
+    rows, cost = likely_rows().rows, np.arange(1.0, 9.0, 0.2)
 
     def size(ranks: list[int]) -> int:
-        statistics = Statistics(8)
-        statistics.saw_ranks(ranks)
-        hits = expected_hits(nodes, statistics, matched=0, chain_ranks=np.full(1, 8), depth_limit=99)
-        return choose(nodes, hits, cost).parent.shape[0]
+        statistics = Statistics()
+        statistics.saw_successors(np.tile(rows.shares[:1], (len(ranks), 1)).astype(np.float64), ranks)
+        return most_per_ms(candidates(rows, statistics, 3, NOTHING, 0, 99), cost).tokens.size
 
     assert size([0] * 200) > size([]) > size([8] * 200)
 
 
-def test_statistics_learn_which_rank_follows_which() -> None:
-    statistics = Statistics(K)
-    statistics.saw_ranks([0, 0, 2, K] * 400)  # a first rank is followed by 0 and 2 alike, another rank by a miss
-    after_miss, after_first, after_other = statistics.successor()
-    assert after_miss[0] > 0.8
-    assert after_first[0] == pytest.approx(0.5, abs=0.1)
-    assert after_first[2] == pytest.approx(0.5, abs=0.1)
-    assert after_other.sum() < 0.25 < Statistics(K).successor()[2].sum()
-    again = Statistics.from_dict(K, statistics.to_dict())
-    assert (again.successor() == statistics.successor()).all()
+def test_statistics_learn_how_often_a_share_was_right() -> None:
+    statistics = Statistics()
+    shares = np.array([[0.9, 0.08, -1.0, -1.0]])
+    for rank in (0, 0, 1, 4) * 300:  # a first rank is followed by the first and the second alike
+        statistics.saw_successors(shares, [rank])
+    after_miss, after_first, after_other = statistics.by_share()
+    sure, unsure = np.searchsorted([0.87, 0.95], 0.9) + 9, 3  # where 0.9 and 0.08 fall
+    assert after_miss[sure] > 0.9
+    assert after_first[sure] == pytest.approx(0.5, abs=0.1)
+    assert after_first[unsure] == pytest.approx(0.5, abs=0.1)
+    assert after_other[sure] < 0.2
+    again = Statistics.from_dict(statistics.to_dict())
+    assert np.array_equal(again.by_share(), statistics.by_share())
+    assert np.array_equal(again.by_match(), statistics.by_match())
 
 
 def test_statistics_learn_how_long_a_chain_holds() -> None:
-    statistics = Statistics(K)
-    before = statistics.continuation()
+    statistics = Statistics()
+    before = statistics.by_match()
     for _ in range(300):
         statistics.saw_chain(1, 0, 5)
         statistics.saw_chain(4, 5, 5)
-    after = statistics.continuation()
+    after = statistics.by_match()
     assert after[0] < 0.05 < before[0]
     assert after[4] > 0.95
     assert (np.diff(after) >= 0).all()
@@ -158,91 +200,65 @@ def test_statistics_learn_how_long_a_chain_holds() -> None:
 
 @given(st.integers(1, 8), st.integers(0, 100))
 def test_best_paths_form_a_template(k: int, n: int) -> None:
-    paths = best_paths(k, n, 16)
+    paths = best_paths(k, n)
     template = TreeTemplate(paths)  # checks order, prefixes and duplicates
-    assert len(template) == min(n, len(paths))
     assert len(paths) == n or k == 1
     assert template.max_rank < k
 
 
-def naive_paths(draft: Draft, matrix: AdjacencyMatrix, root: int, chain: list[int]) -> set[tuple[int, ...]]:
+def naive_paths(shape: Shape, matrix: AdjacencyMatrix, root: int, chain: list[int], limit: int) -> set[tuple[int, ...]]:
     """Token paths of all nodes, from one recursive walk a node."""
 
     def path(node: int) -> tuple[int, ...] | None:
-        if draft.parent[node] < 0:
+        if shape.parent[node] < 0:
             return (root,)
-        above = path(int(draft.parent[node]))
-        if above is None:
+        above = path(int(shape.parent[node]))
+        rank, depth = int(shape.rank[node]), int(shape.depth[node])
+        if above is None or depth > limit:
             return None
-        rank, depth = int(draft.rank[node]), int(draft.depth[node])
         if rank < 0:
             return (*above, chain[depth - 1]) if depth <= len(chain) else None
         known = int(matrix.count[above[-1]])
         return (*above, int(matrix.table[above[-1], rank])) if rank < known else None
 
-    return {p for p in map(path, range(len(draft.parent))) if p is not None}
-
-
-def token_paths(tokens: torch.Tensor, tree) -> list[tuple[int, ...]]:
-    return [tuple(tokens[row].tolist()) for row in tree.ancestors]
+    return {p for p in map(path, range(len(shape.parent))) if p is not None}
 
 
 @pytest.mark.prop("token-recycling", 6)
-@given(st.randoms(use_true_random=False), st.sampled_from(["0", "7", "32", "official", "planned"]), st.booleans())
-def test_filling_equals_a_naive_expansion(random, name: str, hybrid: bool) -> None:
-    k = 8 if name == "official" else K
-    if name == "planned":
-        nodes, hits = hits_of(random, spine=5, copies=3, paths=20)
-        draft = choose(nodes, hits, 1 + 0.01 * np.arange(20))
-    else:
-        template = tree_template("2.2.2") if name == "official" else TreeTemplate(best_paths(K, int(name)))
-        draft = template_draft(template, 4 if hybrid else 0)
-    matrix = AdjacencyMatrix(V, k)
-    for token in range(V):  # some rows unknown, some half known, some with a repeated successor
-        matrix.count[token] = random.choice([0, 1, k, k])
-        matrix.table[token] = torch.tensor([random.randrange(V) for _ in range(k)])
-    chain = [random.randrange(V) for _ in range(random.randrange(6))]
+@given(randoms, st.sampled_from([0, 7, 32, 80]), hybrids, st.integers(0, 9))
+def test_filling_equals_a_naive_expansion(random: Random, nodes: int, hybrid: bool, limit: int) -> None:
+    template, k = (tree_template("2.2.2"), 8) if nodes == 80 else (TreeTemplate(best_paths(K, nodes)), K)
+    shape, matrix = template_shape(template, 4 if hybrid else 0), random_matrix(random, k)
+    chain = [random.randrange(V) for _ in range(random.randrange(6))] if hybrid else []
     root = random.randrange(V)
-    tokens, tree = fill(draft, matrix, root, np.array(chain, dtype=np.int64))
-    paths = token_paths(tokens, tree)
+    plan = fill(shape, matrix.rows, root, np.array(chain, dtype=np.int64), limit)
+    paths = token_paths(plan)
     assert len(set(paths)) == len(paths), "equal siblings were not merged"
-    assert set(paths) == naive_paths(draft, matrix, root, chain)
-    assert tree.depth.tolist() == sorted(tree.depth.tolist())
+    assert set(paths) == naive_paths(shape, matrix, root, chain, limit)
+    assert plan.depth.tolist() == [len(p) - 1 for p in paths] == sorted(plan.depth.tolist())
 
 
 @pytest.mark.prop("token-recycling", 6)
 def test_full_rows_fill_every_node_of_the_official_tree() -> None:
     matrix, template = AdjacencyMatrix(200, 8), tree_template("2.2.2")
-    generator = torch.Generator().manual_seed(0)
-    matrix.update(torch.arange(200), torch.randn(200, 200, generator=generator))
-    tokens, tree = fill(template_draft(template), matrix, 5, np.zeros(0, dtype=np.int64))
-    assert torch.equal(tree.parent, template.parent)
+    matrix.update(torch.arange(200), torch.randn(200, 200, generator=torch.Generator().manual_seed(0)))
+    plan = fill(template_shape(template), matrix.rows, 5, NOTHING, 99)
+    assert plan.parent.tolist() == template.parent.tolist()
     for node, path in enumerate(template.paths, 1):
         token = 5
         for rank in path:
             token = int(matrix.table[token, rank])
-        assert tokens[node] == token
+        assert plan.tokens[node] == token
 
 
 def test_nothing_is_drafted_from_rows_that_were_never_written() -> None:
-    tokens, tree = fill(template_draft(tree_template("2.2.2")), AdjacencyMatrix(V, 8), 3, np.zeros(0, dtype=np.int64))
-    assert tokens.tolist() == [3]
-    assert len(tree) == 1
+    plan = fill(template_shape(tree_template("2.2.2")), AdjacencyMatrix(V, 8).rows, 3, NOTHING, 99)
+    assert plan.tokens.tolist() == [3]
 
 
 def test_a_chain_joins_the_template_and_shares_its_nodes() -> None:
     matrix = AdjacencyMatrix(V, K)
-    matrix.write(torch.tensor([0, 1]), torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]]))
-    draft = template_draft(TreeTemplate([(0,), (0, 0)]), spine=3)
-    tokens, tree = fill(draft, matrix, 0, np.array([1, 6, 2]))
-    assert sorted(token_paths(tokens, tree)) == [(0,), (0, 1), (0, 1, 5), (0, 1, 6), (0, 1, 6, 2)]
-
-
-def test_a_part_of_a_draft_keeps_parents_ranks_and_depths() -> None:
-    draft = template_draft(tree_template("7"), 3)
-    part = subset(draft, np.flatnonzero(draft.depth <= 2))
-    assert (part.depth <= 2).all()
-    assert part.parent[0] == -1
-    tree = draft_tree(part)
-    assert tree.depth.tolist() == part.depth.tolist()
-    assert sorted(part.rank.tolist()) == sorted(draft.rank[draft.depth <= 2].tolist())
+    matrix.write(torch.tensor([0, 1]), torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]]), torch.zeros(2, K))
+    shape = template_shape(TreeTemplate([(0,), (0, 0)]), spine=3)
+    plan = fill(shape, matrix.rows, 0, np.array([1, 6, 2]), 99)
+    assert sorted(token_paths(plan)) == [(0,), (0, 1), (0, 1, 5), (0, 1, 6), (0, 1, 6, 2)]

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from itertools import combinations, product
+from itertools import combinations, pairwise, product
 
 import numpy as np
 import pytest
@@ -165,7 +165,7 @@ def test_the_optimum_solves_the_linear_programme(v: int, k: int) -> None:
 @given(pairs())
 def test_more_drafts_accept_more_and_need_a_larger_factor(pair: Pair) -> None:
     plans = [kseq_plan(*pair, k) for k in range(1, 9)]
-    for fewer, more in zip(plans, plans[1:], strict=False):
+    for fewer, more in pairwise(plans):
         assert float(more[2]) >= float(fewer[2]) - 1e-12
         assert float(more[0]) >= float(fewer[0]) - 1e-12
 
