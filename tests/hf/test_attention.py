@@ -371,7 +371,7 @@ def test_visible_reads_every_form_of_mask() -> None:
     assert hf.visible(None, query[:, :, :1], key).all()
     bias = torch.full((1, 1, 3, 3), -3.0)
     assert hf.visible(bias, query, key).all()
-    for low in (-torch.inf, torch.finfo(torch.float32).min):
+    for low in (-torch.inf, torch.finfo(torch.float32).min, 0.9 * torch.finfo(torch.float32).min):
         float_mask = torch.zeros(1, 1, 3, 3).masked_fill(~causal, low)
         assert torch.equal(hf.visible(float_mask, query, key)[0, 0], causal)
     with pytest.raises(LimitError, match=r"mask\.shape"):

@@ -125,6 +125,7 @@ def test_a_read_subset_is_the_pruned_sequence() -> None:
     forward(model, IDS[:, kept], cache, kept)
     assert cache.get_seq_length() == 8
     cache.plan(write=torch.tensor([8, 9]), read=torch.arange(2, 10))
+    assert cache.get_mask_sizes(2, 0) == (8, 0)
     found = forward(model, IDS[:, 34:36], cache, torch.tensor([34, 35]))
     cache.plan(read=torch.arange(2, 10), write=torch.tensor([8, 9]))
     torch.testing.assert_close(forward(model, IDS[:, 34:36], cache, torch.tensor([34, 35])), found)
@@ -186,16 +187,19 @@ def test_rows_that_nobody_wrote_are_hidden() -> None:
     cache.plan()
     cache.crop(-2)
     assert cache.mask(1, causal=True)[0, 0].tolist() == [[False, True, False, True]]
+    cache.plan(write=torch.tensor([5]))
+    assert cache.mask(1, causal=True)[0, 0].tolist() == [[False, True, False, False, False, True]]
 
 
 def test_gradients_flow_through_written_rows() -> None:
     layer = hf.IndexedLayer()
     first, second = (states(2, seed)[0].requires_grad_() for seed in (0, 1))
-    layer.update(first, first)
+    seen, _ = layer.update(first, first)
+    square = (seen * seen).sum()  # its graph holds the rows as they are now
     seen, _ = layer.update(second, second)
-    seen.sum().backward()
+    (square + seen.sum()).backward()
     assert first.grad is not None
-    assert torch.equal(first.grad, torch.ones_like(first))
+    torch.testing.assert_close(first.grad, 2 * first.detach() + 1)
     assert torch.equal(second.grad, torch.ones_like(second))  # type: ignore[arg-type]
 
 

@@ -10,6 +10,7 @@ from transformers import DynamicCache, StaticCache
 import tokenmill.models as models
 from tokenmill import hf
 from tokenmill.errors import LimitError, UnsupportedError
+from tokenmill.hf.cache import keep_rows, recording
 
 KINDS = ("llama", "qwen2", "gemma3")
 IDS = torch.randint(1, 64, (2, 40), generator=torch.Generator().manual_seed(5))
@@ -132,6 +133,25 @@ def test_selected_rows_equal_a_fresh_run(kind: str) -> None:
         assert_same(cache, fresh(model, IDS[:, :22]))
 
 
+@pytest.mark.parametrize("keep", [[0, 1], [1, 4], []])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_decoder_drops_its_drafts_from_both_caches_alike(kind: str, keep: list[int]) -> None:
+    model: Any = models.tiny(kind)
+    ours, plain = hf.stateful_cache(model), DynamicCache(config=model.config)
+    with hf.attached(model, "test-track", state=[]):
+        for cache in (ours, plain):
+            run(model, cache, IDS[:, :20])
+            with recording(cache):
+                run(model, cache, IDS[:, 20:25])
+                keep_rows(cache, 5, torch.tensor(keep, dtype=torch.long))
+    for left, right in zip(ours.layers, plain.layers, strict=True):
+        assert isinstance(left, hf.StatefulLayer | hf.StatefulSlidingLayer)
+        assert left.get_seq_length() == 20 + len(keep)
+        assert torch.equal(left.keys, right.keys)  # type: ignore[arg-type]
+        assert torch.equal(left.state("tip"), left.keys[..., :2])  # type: ignore[index]
+    assert torch.equal(run(model, ours, IDS[:, 30:32]), run(model, plain, IDS[:, 30:32]))
+
+
 def test_rows_selected_by_item() -> None:
     layer = hf.StatefulLayer()
     keys = torch.arange(2 * 1 * 5 * 2.0).view(2, 1, 5, 2)
@@ -201,6 +221,35 @@ def test_state_that_starts_late_is_asked_for_as_a_whole(kind: str) -> None:
     run(model, cache, IDS[:, 25:26])
     layer.select_rows(torch.arange(25))
     assert layer.missing("tip") == layer.keys.shape[2] == (25 if kind == "llama" else 15)  # type: ignore[union-attr]
+
+
+def test_state_may_be_read_again_in_the_same_forward() -> None:
+    layer = hf.StatefulSlidingLayer(sliding_window=4)
+    keys = torch.arange(6.0).view(1, 1, 6, 1)
+    for piece in keys.split([5, 1], dim=2):
+        seen, _ = layer.update(piece, piece)
+        new = layer.missing("a")
+        assert torch.equal(layer.append_state("a", seen[:, :, seen.shape[2] - new :]), seen)
+        assert layer.missing("a") == 0
+        assert torch.equal(layer.append_state("a", seen[:, :, :0]), seen)
+        assert layer.state("a").flatten().tolist() == layer.keys.flatten().tolist()  # type: ignore[union-attr]
+    assert layer.state("a").flatten().tolist() == [3, 4, 5]
+
+
+def test_a_deep_crop_brings_back_rows_without_state() -> None:
+    layer = hf.StatefulSlidingLayer(sliding_window=4)
+    layer.activate_past_recording()
+    keys = torch.arange(9.0).view(1, 1, 9, 1)
+    layer.update(keys[:, :, :6], keys[:, :, :6])
+    seen, _ = layer.update(keys[:, :, 6:], keys[:, :, 6:])
+    assert seen.flatten().tolist() == [3, 4, 5, 6, 7, 8]
+    layer.append_state("a", seen)
+    layer.crop(-5)
+    with pytest.raises(LimitError, match="2 rows have none"):
+        layer.state("a")
+    seen, _ = layer.update(keys[:, :, 4:5], keys[:, :, 4:5])
+    assert seen.flatten().tolist() == [1, 2, 3, 4]
+    assert layer.missing("a") == 4
 
 
 def test_bad_arguments() -> None:

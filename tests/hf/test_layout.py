@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -58,7 +59,11 @@ def test_models_without_a_place_for_our_attention_are_refused() -> None:
     sizes: dict[str, Any] = {"vocab_size": 8, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
     with pytest.raises(UnsupportedError, match="encoder-decoder"):
         hf.decoder(T5ForConditionalGeneration(T5Config(**sizes)))
-    model = models.tiny("llama")
+    model: Any = models.tiny("llama")
+    model.model.layers[0].second = copy.deepcopy(model.model.layers[0].self_attn)
+    with pytest.raises(UnsupportedError, match="two attention modules in layer 0"):
+        hf.attention_layers(model)
+    del model.model.layers[0].second
     for block in model.model.layers:
         block.self_attn = nn.Identity()
     with pytest.raises(UnsupportedError, match="AttentionInterface"):

@@ -90,7 +90,7 @@ class _Link:
     calls: threading.local = field(default_factory=threading.local)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Link:
-        return self  # a copied model takes the hooks along; they then find that its modules are not ours
+        return self  # a copied model takes the hooks along; its modules are not ours, so nothing comes of it
 
 
 @dataclass(eq=False)
@@ -227,8 +227,6 @@ def _pop(link: _Link) -> None:
 
 
 def _remember(link: _Link, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if id(module) not in link.modules:
-        return
     hidden = kwargs.get("hidden_states", args[0] if args else None)
     link.calls.__dict__[str(id(module))] = {
         "hidden_states": hidden,

@@ -47,6 +47,7 @@ class _TokenState:
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Cache new keys and values (B, G, Q, D); returns what attention reads, see transformers."""
+        self._trim()  # now, and not before: until here somebody may still read the last forward's state
         keys, values = super().update(key_states, value_states, *args, **kwargs)  # type: ignore[misc]
         self._visible = keys.shape[-2]
         return keys, values
@@ -87,9 +88,7 @@ class _TokenState:
         if column is not None and missing < self._visible:
             value = torch.cat([column.value, value], dim=dim)
         self._columns[name] = _Column(value, dim, self._length())
-        seen = value.narrow(dim, value.shape[dim] - self._visible, self._visible)
-        self._trim((name,))  # the others may still be waiting for their part of this forward
-        return seen
+        return value.narrow(dim, value.shape[dim] - self._visible, self._visible)
 
     def state(self, name: str) -> Tensor:
         """The state of the rows that the cache keeps, aligned with ``keys``.
@@ -98,10 +97,11 @@ class _TokenState:
             LimitError: a name that was never appended, or rows without state.
         """
         column = self._columns.get(name)
-        if column is None or column.end != self._length() or column.value.shape[column.dim] != self._rows():
-            lacking = self._rows() if column is None else self._length() - column.end
+        start = self._length() - self._rows()
+        if column is None or column.end != self._length() or column.start > start:
+            lacking = self._rows() if column is None else self._length() - column.end + max(column.start - start, 0)
             raise LimitError(type(self).__name__, "name", name, f"a state of all rows, and {lacking} rows have none")
-        return column.value
+        return column.value.narrow(column.dim, start - column.start, self._rows())
 
     def select_rows(self, index: Tensor) -> None:
         """Keep the given rows of the sequence, keys, values and state, and forget the others.
@@ -117,6 +117,7 @@ class _TokenState:
         """
         if not self.is_initialized:
             return
+        self._trim()
         where, length, rows = type(self).__name__, self._length(), self._rows()
         if index.dim() not in (1, 2):
             raise LimitError(where, "index.dim()", index.dim(), "1 or 2")
@@ -137,7 +138,7 @@ class _TokenState:
         self._columns = {n: _Column(_take(c.value, index, c.dim), c.dim, kept) for n, c in complete.items()}
         self._after_select(kept)
         self._visible = self._rows()
-        self._trim(tuple(self._columns))
+        self._trim()
 
     def _check_select(self, kept: int, left: int) -> None:
         """Refuse a selection of ``kept`` rows of which only ``left`` are still there."""
@@ -151,7 +152,7 @@ class _TokenState:
             return
         super().crop(tokens_to_remove)  # type: ignore[misc]
         self._visible = self._rows()
-        self._trim(tuple(self._columns))
+        self._trim()
 
     def reset(self) -> None:
         """Forget everything."""
@@ -195,12 +196,11 @@ class _TokenState:
     def _rows(self) -> int:
         return self.keys.shape[-2] if self.is_initialized and self.keys.numel() else 0
 
-    def _trim(self, names: tuple[str, ...]) -> None:
-        """Cut columns to the rows that the cache keeps."""
+    def _trim(self) -> None:
+        """Cut every column to the rows that the cache keeps."""
         end = self._length()
         start = end - self._rows()
-        for name in names:
-            column = self._columns[name]
+        for name, column in list(self._columns.items()):
             low, high = max(column.start, start), min(column.end, end)
             if high <= low:
                 del self._columns[name]
