@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import tokenmill as tm
-from tokenmill.bench.result import environment
+from tokenmill.bench.environment import environment
 from tokenmill.decode import TokenRecycling
 
 RESULTS = Path(__file__).parent / "results" / "exactness.jsonl"

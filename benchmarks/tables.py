@@ -1,0 +1,159 @@
+"""Write the tables of README.md and docs/ from the JSON lines in benchmarks/results/.
+
+python benchmarks/tables.py           # rewrite what stands between `<!-- table: NAME -->` and `<!-- end -->`
+python benchmarks/tables.py --check   # exit 1 when a page is out of date
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+KINDS = ("code", "prose", "json")
+PLACE = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+Line = dict[str, Any]
+
+
+def lines(name: str) -> list[Line]:
+    """The good lines of a results file."""
+    path = RESULTS / f"{name}.jsonl"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    return [line for line in map(json.loads, text.splitlines()) if line["status"] == "ok"]
+
+
+def label(line: Line) -> str:
+    """A method and its settings, as the command line takes them."""
+    return ":".join([line["method"], *(f"{k}={str(v).lower()}" for k, v in line["params"].items())])
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table."""
+    head = list(head)
+    text = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join([*text, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+
+
+def by_method(found: list[Line]) -> dict[str, dict[str, Line]]:
+    """label -> kind of data -> line."""
+    out: dict[str, dict[str, Line]] = {}
+    for line in found:
+        out.setdefault(label(line), {})[line["data"]["kind"]] = line
+    return out
+
+
+def provenance(found: list[Line]) -> str:
+    """The command and the machine behind a table."""
+    if not found:
+        return ""
+    env, commands = found[-1]["env"], dict.fromkeys(line["cmd"] for line in found)
+    machine = ", ".join(str(env[k]) for k in ("cpu", "threads") if k in env)
+    shown = "\n".join(f"    {command}" for command in commands)
+    return f"\n{machine} threads, torch {env.get('torch')}, transformers {env.get('transformers')}:\n\n{shown}\n"
+
+
+def speed() -> str:
+    """Speed against packed plain by kind of text, interleaved medians."""
+    found = lines("speed")
+
+    def cell(line: Line) -> str:
+        low = min(1 / item["ratio"] for item in line["items"])
+        middle, least, most = (1 / x for x in line["ratio"]["ms_p50"])
+        return f"{middle:.2f}x ({most:.2f}-{least:.2f}), worst prompt {low:.2f}x" if label(line) != "plain" else "1"
+
+    rows = [
+        [f"`{name}`", *(cell(kinds[k]) for k in KINDS), *(f"{kinds[k]['cost'].get('tokens_per_call', 1):.2f}" for k in KINDS)]
+        for name, kinds in by_method(found).items()
+    ]
+    head = ["method", *(f"{k}, speed" for k in KINDS), *(f"{k}, tokens a call" for k in KINDS)]
+    return table(head, rows) + provenance(found)
+
+
+def short() -> str:
+    """The result table of the README: speed on three kinds of text."""
+    rows = []
+    for name, kinds in by_method(lines("speed")).items():
+        same = sum(kinds[k]["quality"]["identical"] for k in KINDS) / len(KINDS)
+        ratios = [f"{1 / kinds[k]['ratio']['ms_p50'][0]:.2f}x" for k in KINDS]
+        rows.append([f"`{name}`", *ratios, f"{kinds['code']['cost'].get('tokens_per_call', 1):.2f}", f"{same:.0%}"])
+    return table(["method", *KINDS, "tokens a call (code)", "outputs identical to plain's (bfloat16)"], rows)
+
+
+def profile() -> str:
+    """Milliseconds of a forward by new positions."""
+    found = lines("profile")
+    if not found:
+        return ""
+    head = ["weights", *(str(n) for n in found[0]["positions"])]
+    return table(head, ([line["weights"], *(f"{ms:.0f}" for ms in line["ms"])] for line in found)) + provenance(found)
+
+
+def accepted() -> str:
+    """Mean accepted tokens by tree."""
+    found = lines("accepted")
+    rows = [
+        [
+            f"`{label(line)}`",
+            "hot" if line["settings"]["warm"] else "cold",
+            f"{line['cost']['tokens_per_call']:.2f}",
+            f"{line['cost']['positions'] / line['cost']['model_calls']:.0f}",
+        ]
+        for line in found
+        if line["method"] != "plain"
+    ]
+    return table(["method", "table", "tokens a call", "positions a call, prompt included"], rows) + provenance(found)
+
+
+def exactness() -> str:
+    """Share of outputs that are plain's, by dtype."""
+    found = lines("exactness")
+    rows = [
+        [line["dtype"], line["variant"], str(line["n"]), f"{line['quality']['identical']:.1%}"] for line in found
+    ]
+    return table(["dtype", "variant", "prompts", "identical to plain"], rows) + provenance(found)
+
+
+def spectr() -> str:
+    """Block efficiency by K and L."""
+    found = [line for line in lines("spectr") if line["method"] == "spectr"]
+    cells = {(line["params"]["num_drafts"], line["params"]["draft_len"]): line for line in found}
+    lengths, drafts = sorted({l for _, l in cells}), sorted({k for k, _ in cells})
+    if not cells:
+        return ""
+    rows = []
+    for k in drafts:
+        row = [str(k)]
+        for length in lengths:
+            mine, one = (cells[key]["cost"]["tokens_per_call"] for key in ((k, length), (1, length)))
+            pace = 1 / cells[k, length]["ratio"]["ms_p50"][0]
+            row += [f"{mine:.2f} ({mine / one - 1:+.0%})", f"{pace:.2f}x"]
+        rows.append(row)
+    head = ["K"] + [text for n in lengths for text in (f"L = {n}, tokens a target call (against K = 1)", f"L = {n}, speed")]
+    return table(head, rows) + provenance(found)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    f.__name__: f for f in (speed, short, profile, accepted, exactness, spectr)
+}
+
+
+def main() -> int:
+    stale = []
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        old = page.read_text(encoding="utf-8")
+        new = PLACE.sub(lambda m: m[1] + "\n" + TABLES[m[2]]() + "\n" + m[4], old)
+        if new != old:
+            stale.append(page.relative_to(ROOT).as_posix())
+            if "--check" not in sys.argv:
+                page.write_text(new, encoding="utf-8")
+    sys.stdout.write("".join(f"{'out of date' if '--check' in sys.argv else 'rewritten'}: {name}\n" for name in stale))
+    return 1 if stale and "--check" in sys.argv else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
