@@ -61,7 +61,8 @@ def run(
         raise LimitError("bench", "methods", ",".join(methods), "a list in which each method comes once")
     lines = _Lines(task, sweep, command)
     folder = Path(out)
-    before = {r.key: r for r in read_results(folder) if r.status == "ok"} if folder.exists() else {}
+    file = folder / FILE
+    before = {r.key: r for r in read_results(file) if r.status == "ok"} if file.exists() else {}
     found: list[Result] = []
     jobs: list[_Job] = []
     for kind in task.kinds():
@@ -80,7 +81,7 @@ def run(
             done += 1
             progress(f"{job.kind} {item.id}", done, total)
         for line in lines.of(job):
-            append(folder / FILE, line)
+            append(file, line)
             found.append(line)
         job.partial.unlink(missing_ok=True)
     return found
