@@ -126,6 +126,9 @@ def test_a_read_subset_is_the_pruned_sequence() -> None:
     assert cache.get_seq_length() == 8
     cache.plan(write=torch.tensor([8, 9]), read=torch.arange(2, 10))
     assert cache.get_mask_sizes(2, 0) == (8, 0)
+    cache.plan(write=torch.tensor([8, 9]), read=torch.arange(3, 10))
+    assert cache.get_mask_sizes(2, 0) == (7, 0)
+    cache.plan(write=torch.tensor([8, 9]), read=torch.arange(2, 10))
     found = forward(model, IDS[:, 34:36], cache, torch.tensor([34, 35]))
     cache.plan(read=torch.arange(2, 10), write=torch.tensor([8, 9]))
     torch.testing.assert_close(forward(model, IDS[:, 34:36], cache, torch.tensor([34, 35])), found)
@@ -192,7 +195,7 @@ def test_rows_that_nobody_wrote_are_hidden() -> None:
 
 
 def test_gradients_flow_through_written_rows() -> None:
-    layer = hf.IndexedLayer()
+    layer = hf.IndexedLayer(capacity=9)
     first, second = (states(2, seed)[0].requires_grad_() for seed in (0, 1))
     seen, _ = layer.update(first, first)
     square = (seen * seen).sum()  # its graph holds the rows as they are now

@@ -85,6 +85,7 @@ def test_state_grows_with_the_tokens(kind: str) -> None:
     for layer in cache.layers:
         kept = 15 if layer.is_sliding else 59
         assert layer.state("tip").shape[2] == layer.state("input").shape[1] == layer.keys.shape[2] == kept
+        assert layer._columns["tip"].value.shape[2] == kept + layer.is_sliding  # old rows are let go
 
 
 @pytest.mark.parametrize("kind", KINDS)
