@@ -37,6 +37,13 @@ def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, right: S
     console().print(table)
 
 
+def quiet_loading() -> None:
+    """Keep transformers' own progress bars out of what a command prints."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def card_data(card: Card) -> dict[str, Any]:
     """A card as plain data."""
     return asdict(card)

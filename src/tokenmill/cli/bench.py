@@ -15,7 +15,7 @@ from rich.markup import escape
 
 from tokenmill import bench, settings
 
-from ._output import Json, console, print_json, print_table
+from ._output import Json, console, print_json, print_table, quiet_loading
 
 if TYPE_CHECKING:
     from tokenmill.bench.result import Result
@@ -92,6 +92,7 @@ def _run(task: str, methods: str, out: Path, sweep: str, as_json: bool, given: d
         seeds = seeds if "seed" in given else plan.seeds
         options = {**plan.options, **given}
     values = settings.from_text(where, module.Options, options)
+    quiet_loading()
     command = _written(task, methods, out, sweep, given)
     lines: list[Result] = []
     for seed in seeds:

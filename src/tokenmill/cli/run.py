@@ -13,7 +13,7 @@ from rich.markup import escape
 from tokenmill import catalog, settings
 from tokenmill.errors import LimitError, UnsupportedError
 
-from ._output import Json, Slug, console, print_json, print_table
+from ._output import Json, Slug, console, print_json, print_table, quiet_loading
 
 _DTYPES = ("float32", "bfloat16")
 
@@ -51,6 +51,7 @@ def command(
         raise typer.BadParameter(f"{card.slug} needs a draft model; give one with --draft")
     values = settings.from_text(card.slug, catalog.method(card.slug), _pairs(set_ or []))
     text = _text(prompt, file)
+    quiet_loading()
     runs = _Side(model, draft, dtype, packed, max_new_tokens, sample, seed)
     _report(card, runs.both(card, values, text, quiet=as_json), as_json)
 
