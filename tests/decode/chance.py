@@ -14,19 +14,18 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from tokenmill.decode import _transport
-from tokenmill.models._causal import CausalModel
 
 Law = dict[tuple[int, ...], float]
 
 
 @torch.no_grad()
-def next_laws(model: CausalModel, ids: Tensor, processors: LogitsProcessorList | None = None) -> Tensor:
+def next_laws(model: Any, ids: Tensor, processors: LogitsProcessorList | None = None) -> Tensor:
     """(B, V) float64: the law of the token behind each row of ``ids`` (B, T), after the processors."""
     scores = model(input_ids=ids).logits[:, -1].float()
     return (processors(ids, scores) if processors else scores).double().softmax(1)
 
 
-def joint_law(model: CausalModel, prompt: Tensor, tokens: int, processors: LogitsProcessorList | None = None) -> Law:
+def joint_law(model: Any, prompt: Tensor, tokens: int, processors: LogitsProcessorList | None = None) -> Law:
     """The law of the next ``tokens`` tokens behind ``prompt`` (1, T), by enumeration."""
     vocab = model.config.vocab_size
     law: Law = {(): 1.0}
