@@ -6,6 +6,9 @@ Both are Llama models with one vocabulary of 2,048 byte-level tokens, trained fr
 standard library (train split of `tokenmill.corpora.load("python-stdlib")`), and measured on the files held out.
 Three quarters of the time go to the target (3.4 million weights), one quarter to the draft (0.2 million). One core is
 enough; a card.json beside each model says how long its training took, on how many threads, and what it reached.
+
+The pair that ships came from 44 minutes on one thread of a busy machine (17 and 6 minutes of processor time): 1.32 bits
+per byte on the held-out files for the target, 1.76 for the draft.
 """
 
 from __future__ import annotations

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from types import ModuleType
+
+import pytest
+import torch
+
+from tokenmill import corpora, models
+from tokenmill.models._catalog import ASSETS
+
+PAIR = ("python-target", "python-draft")
+
+
+@pytest.mark.parametrize("name", PAIR)
+def test_the_card_tells_what_the_model_reaches(name: str, load_recipe: Callable[[str], ModuleType]) -> None:
+    recipe = load_recipe("python_pair")
+    card = json.loads((ASSETS / name / "card.json").read_text())
+    model, tokenizer = models.load(name)
+    corpus = corpora.load("python-stdlib")
+    held_out = {record.id: record.text for record in corpus.split("test")}
+    wanted = card["slice"]["records"]
+    texts = [held_out[record][: card["slice"]["chars"]] for record in wanted if record in held_out]
+    found = recipe.bits_per_byte(model, tokenizer, texts)
+    # Another Python release has other sources: then the number is only about the same.
+    same = corpus.sha256 == card["data"]["sha256"]
+    assert len(texts) >= (len(wanted) if same else 6)
+    assert found == pytest.approx(card["slice"]["bits_per_byte"], rel=1e-3 if same else 0.15)
+    assert found < (1.6 if name == "python-target" else 2.2)
+
+
+def test_the_pair_shares_a_vocabulary_and_the_target_is_ten_times_the_draft() -> None:
+    target, draft = (models.info(name) for name in PAIR)
+    assert target["parameters"] >= 10 * draft["parameters"]
+    assert target["held_out_bits_per_byte"] < draft["held_out_bits_per_byte"]
+    texts = [(ASSETS / name / "tokenizer.json").read_bytes() for name in PAIR]
+    assert texts[0] == texts[1]
+
+
+def test_the_pair_is_small_and_its_card_complete() -> None:
+    size = sum(path.stat().st_size for name in PAIR for path in (ASSETS / name).iterdir())
+    assert size < 7_900_000
+    for name in PAIR:
+        facts = models.info(name)
+        assert {"licence", "data", "slice", "seconds", "command", "threads", "steps"} <= set(facts)
+        assert "PSF" in facts["licence"]
+        assert facts["kind"] == "asset"
+
+
+def test_the_target_writes_python() -> None:
+    model, tokenizer = models.load("python-target")
+    assert next(model.parameters()).dtype == torch.float32
+    inputs = tokenizer("class Reader:\n    def __init__(", return_tensors="pt")
+    out = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert str(tokenizer.decode(out)).startswith("self")
