@@ -83,6 +83,8 @@ class Drafter:
         self.cached += kept
 
     def _forward(self, ids: Tensor) -> Tensor:
+        # A token that only the target has is read as another one: what follows is less likely right, and still exact.
+        ids = ids.clamp(max=self.known - 1)
         out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1, return_dict=True)
         self.trace.draft_calls += 1
         logits = out.logits[:, -1].float()
@@ -92,7 +94,7 @@ class Drafter:
                 f"finite maximum. {self.trace.tokens} new tokens are in .partial.",
                 partial=list(self.trace.tokens_so_far),
             )
-        if logits.shape[1] != self.width:
+        if logits.shape[1] != self.width or self.known != self.width:
             fitted = logits.new_full((logits.shape[0], self.width), -torch.inf)
             fitted[:, : self.known] = logits[:, : self.known]
             logits = fitted
