@@ -19,7 +19,7 @@ Law = dict[tuple[int, ...], float]
 
 
 @torch.no_grad()
-def next_laws(model: Any, ids: Tensor, processors: LogitsProcessorList | None = None) -> Tensor:
+def next_laws(model: Any, ids: Any, processors: LogitsProcessorList | None = None) -> Tensor:
     """(B, V) float64: the law of the token behind each row of ``ids`` (B, T), after the processors."""
     scores = model(input_ids=ids).logits[:, -1].float()
     return (processors(ids, scores) if processors else scores).double().softmax(1)

@@ -17,7 +17,7 @@ from transformers import (
     TemperatureLogitsWarper,
     TopKLogitsWarper,
 )
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 from transformers.generation.streamers import BaseStreamer
 
 from tests.decode.chance import Law, chi_square, joint_law, next_laws
@@ -175,7 +175,7 @@ def tree_logits(
     if ids.shape[1] > 1:
         model(input_ids=ids[:, :-1], past_key_values=cache)
     for layer in cache.layers:
-        if hasattr(layer, "activate_past_recording"):
+        if isinstance(layer, DynamicSlidingWindowLayer):
             layer.activate_past_recording()
     mask = hf.tree_masks(
         model,
@@ -221,7 +221,7 @@ def test_the_cache_behind_a_call_is_that_of_a_fresh_prefill(zoo: Zoo, kind: str)
             generate(model, ids, decoder)
             out = generate(model, ids, decoder, return_dict_in_generate=True)
             assert decoder.trace.accepted > 0
-            fresh = DynamicCache(config=model.config)
+            fresh: Any = DynamicCache(config=model.config)
             model(input_ids=out.sequences[:, :-1], past_key_values=fresh)
             assert out.past_key_values.get_seq_length() == out.sequences.shape[1] - 1
             for ours, theirs in zip(out.past_key_values.layers, fresh.layers, strict=True):
