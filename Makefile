@@ -24,7 +24,7 @@ demo: $(STAMP)
 
 # Two workers with one torch thread each: the suite is made for two cores.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -p tests._durations $(ARGS)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -p tests._durations $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

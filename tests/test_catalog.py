@@ -185,6 +185,20 @@ def test_a_plugin_with_a_bad_name_is_refused(
     assert "millext" in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["tokenmill", "tokenmill.bench"])
+def test_public_names_are_found_and_none_hides_behind_a_submodule(name: str) -> None:
+    """A submodule that is imported becomes an attribute of its package and would cover a name like its own."""
+    package = importlib.import_module(name)
+    public = dir(package)
+    assert len(public) > 5
+    for attribute in public:
+        value = getattr(package, attribute)
+        submodule = f"{name}.{attribute}" in sys.modules
+        assert submodule == (type(value) is type(sys)), attribute
+    with pytest.raises(AttributeError, match="nothing"):
+        package.nothing  # noqa: B018 - the access is the test
+
+
 def test_paper_address() -> None:
     assert catalog.Paper(title="A", date="2026-01", arxiv="2601.00001").url == "https://arxiv.org/abs/2601.00001"
     assert catalog.Paper(title="A", date="2026-01").url == ""

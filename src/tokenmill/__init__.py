@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 from .catalog import lazy
 
 if TYPE_CHECKING:
+    from . import bench as bench
     from . import budget as budget
     from . import corpora as corpora
     from . import decode as decode
     from . import errors as errors
     from . import hf as hf
+    from . import laws as laws
     from . import models as models
     from .catalog import Card as Card
     from .catalog import Paper as Paper

@@ -278,12 +278,19 @@ def lazy(package: str, names: Mapping[str, str] | None = None) -> tuple[Callable
         module = None if name.startswith("__") else table().get(name)
         if module is not None:
             return getattr(importlib.import_module(module), name)
-        here = Path(importlib.import_module(package).__file__ or "").parent
-        if not name.startswith("_") and ((here / f"{name}.py").is_file() or (here / name / "__init__.py").is_file()):
+        if name in submodules():
             return importlib.import_module(f"{package}.{name}")
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
+    def submodules() -> set[str]:
+        folders = [Path(folder) for folder in importlib.import_module(package).__path__]
+        files = [
+            *(f for d in folders for f in d.glob("[a-z]*.py")),
+            *(f for d in folders for f in d.glob("[a-z]*/__init__.py")),
+        ]
+        return {file.parent.name if file.stem == "__init__" else file.stem for file in files}
+
     def names_of() -> list[str]:
-        return sorted(table())
+        return sorted({*table(), *submodules()})
 
     return get, names_of
