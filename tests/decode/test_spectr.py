@@ -87,7 +87,9 @@ def test_a_factor_of_one_with_four_drafts_fails_the_same_test(
 
 @pytest.mark.prop("spectr", 10)
 @pytest.mark.parametrize("layout", ["tree", "batch"])
-def test_samples_of_generate_follow_the_target(three_tokens: Law, layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_of_generate_follow_the_target(
+    three_tokens: Law, layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """End to end: drafts, forwards and caches of both models in float64."""
     remember_plans(monkeypatch)
     target, drafter = pair()
@@ -181,6 +183,7 @@ def test_many_drafts_without_sampling_earn_a_warning(zoo: Zoo) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_layouts_and_repeated_runs_agree_under_one_seed(kind: str) -> None:
     model, drafter = tiny(kind, seed=3, dtype=torch.float64), tiny(kind, seed=4, dtype=torch.float64)
+    settings: tuple[tuple[Layout, int], ...] = (("tree", 1), ("tree", 1), ("batch", 1), ("tree", 2))
     for length in (4, 40):
         for padded in (False, True):
             ids = prompt(length)
@@ -195,7 +198,7 @@ def test_layouts_and_repeated_runs_agree_under_one_seed(kind: str) -> None:
                     do_sample=True,
                     attention_mask=mask,
                 ).tolist()
-                for layout, seed in (("tree", 1), ("tree", 1), ("batch", 1), ("tree", 2))
+                for layout, seed in settings
             ]
             assert runs[0] == runs[1] == runs[2]
             assert runs[0] != runs[3]
