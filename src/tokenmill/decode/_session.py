@@ -6,10 +6,10 @@ import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import FloatTensor, LongTensor, Tensor
 
 from tokenmill import hf
 from tokenmill.decode._tree import Tree
@@ -51,7 +51,9 @@ class Run:
     @contextmanager
     def started(self, where: str) -> Generator[DecodeTrace, None, None]:
         if not self._busy.acquire(blocking=False):
-            raise StoppedError(f"{where}: a call of this object is under way. Make one object for each concurrent call.")
+            raise StoppedError(
+                f"{where}: a call of this object is under way. Make one object for each concurrent call."
+            )
         try:
             self.trace = DecodeTrace()
             yield self.trace
@@ -139,7 +141,7 @@ class Session:
         past = self.cache.get_seq_length()
         whole = request.input_ids.shape[1]
         fresh = whole - past if 0 < past < whole else None
-        inputs = self.model.prepare_inputs_for_generation(
+        inputs = cast("Any", self.model).prepare_inputs_for_generation(
             request.input_ids, next_sequence_length=fresh, is_first_iteration=True, **request.model_kwargs
         )
         if request.token_streamer is not None:
@@ -229,7 +231,7 @@ class Session:
             level = (tree.depth == depth).nonzero().squeeze(1)
             paths = tokens[tree.paths_to(level)]  # (M, depth + 1)
             ids = torch.cat([before.expand(level.shape[0], -1), paths], dim=1)
-            done[level] = self.request.logits_processor(ids, scores[level])
+            done[level] = self.request.logits_processor(cast("LongTensor", ids), cast("FloatTensor", scores[level]))
         return done
 
     def check_finite(self, highest: Tensor) -> None:
@@ -344,7 +346,7 @@ class Session:
             self.trace.tokens += 1
             if self.request.token_streamer is not None:
                 self.request.token_streamer.put(torch.tensor([value]))
-            if bool(self.request.stopping_criteria(self.sequence, row).all()):
+            if bool(self.request.stopping_criteria(cast("LongTensor", self.sequence), cast("FloatTensor", row)).all()):
                 self.finished = True
                 break
         if self.length - self.prompt_length >= self.room:
@@ -402,12 +404,13 @@ def _check_request(where: str, request: Request) -> None:
     config = request.generation_config
     if request.model.config.is_encoder_decoder:
         raise UnsupportedError(where, "decodes decoder-only models, got an encoder-decoder", "Use plain generate.")
+    # Beams arrive as rows, so they are looked for first.
+    if (config.num_beams or 1) > 1:
+        raise UnsupportedError(where, f"num_beams = {config.num_beams}, but it must be 1", "Use greedy or sampling.")
     if rows != 1:
         raise UnsupportedError(
             where, f"decodes one sequence at a time; got batch {rows}", "Call generate once for each row."
         )
-    if (config.num_beams or 1) > 1:
-        raise UnsupportedError(where, f"num_beams = {config.num_beams}, but it must be 1", "Use greedy or sampling.")
     embeds = request.model_kwargs.get("inputs_embeds")
     if length == 0 and (embeds is None or embeds.shape[1] == 0):
         raise LimitError(where, "prompt length", 0, "at least 1", "Start from the model's bos token.")
@@ -415,4 +418,6 @@ def _check_request(where: str, request: Request) -> None:
     if limit and length > limit:
         raise LimitError(where, "prompt length", length, f"at most {limit}, the model's positions", "Cut the prompt.")
     if config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):
-        raise UnsupportedError(where, "cannot return attentions or hidden states of a draft", "Ask for scores or logits.")
+        raise UnsupportedError(
+            where, "cannot return attentions or hidden states of a draft", "Ask for scores or logits."
+        )
