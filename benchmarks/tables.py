@@ -67,7 +67,11 @@ def speed() -> str:
         return f"{middle:.2f}x ({most:.2f}-{least:.2f}), worst prompt {low:.2f}x" if label(line) != "plain" else "1"
 
     rows = [
-        [f"`{name}`", *(cell(kinds[k]) for k in KINDS), *(f"{kinds[k]['cost'].get('tokens_per_call', 1):.2f}" for k in KINDS)]
+        [
+            f"`{name}`",
+            *(cell(kinds[k]) for k in KINDS),
+            *(f"{kinds[k]['cost'].get('tokens_per_call', 1):.2f}" for k in KINDS),
+        ]
         for name, kinds in by_method(found).items()
     ]
     head = ["method", *(f"{k}, speed" for k in KINDS), *(f"{k}, tokens a call" for k in KINDS)]
@@ -112,9 +116,7 @@ def accepted() -> str:
 def exactness() -> str:
     """Share of outputs that are plain's, by dtype."""
     found = lines("exactness")
-    rows = [
-        [line["dtype"], line["variant"], str(line["n"]), f"{line['quality']['identical']:.1%}"] for line in found
-    ]
+    rows = [[line["dtype"], line["variant"], str(line["n"]), f"{line['quality']['identical']:.1%}"] for line in found]
     return table(["dtype", "variant", "prompts", "identical to plain"], rows) + provenance(found)
 
 
@@ -122,7 +124,7 @@ def spectr() -> str:
     """Block efficiency by K and L."""
     found = [line for line in lines("spectr") if line["method"] == "spectr"]
     cells = {(line["params"]["num_drafts"], line["params"]["draft_len"]): line for line in found}
-    lengths, drafts = sorted({l for _, l in cells}), sorted({k for k, _ in cells})
+    lengths, drafts = sorted({length for _, length in cells}), sorted({k for k, _ in cells})
     if not cells:
         return ""
     rows = []
@@ -133,13 +135,13 @@ def spectr() -> str:
             pace = 1 / cells[k, length]["ratio"]["ms_p50"][0]
             row += [f"{mine:.2f} ({mine / one - 1:+.0%})", f"{pace:.2f}x"]
         rows.append(row)
-    head = ["K"] + [text for n in lengths for text in (f"L = {n}, tokens a target call (against K = 1)", f"L = {n}, speed")]
+    head = ["K"] + [
+        text for n in lengths for text in (f"L = {n}, tokens a target call (against K = 1)", f"L = {n}, speed")
+    ]
     return table(head, rows) + provenance(found)
 
 
-TABLES: dict[str, Callable[[], str]] = {
-    f.__name__: f for f in (speed, short, profile, accepted, exactness, spectr)
-}
+TABLES: dict[str, Callable[[], str]] = {f.__name__: f for f in (speed, short, profile, accepted, exactness, spectr)}
 
 
 def main() -> int:

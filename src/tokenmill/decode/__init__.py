@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from tokenmill.catalog import lazy
 
-__getattr__, __dir__ = lazy(__name__, {"DecodeTrace": "_session", "Tree": "_tree", "tree_template": "token_recycling"})
+__getattr__, __dir__ = lazy(__name__, {"DecodeTrace": "_request", "Tree": "_tree", "tree_template": "token_recycling"})

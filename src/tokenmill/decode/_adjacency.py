@@ -51,7 +51,9 @@ class AdjacencyMatrix:
         if not 1 <= k <= vocab_size:
             raise LimitError("AdjacencyMatrix", "k", k, f"in [1, V={vocab_size}]", "Lower it.")
         if dtype not in (torch.int32, torch.int64):
-            raise LimitError("AdjacencyMatrix", "dtype", dtype, "torch.int32 or torch.int64", "int32 halves the memory.")
+            raise LimitError(
+                "AdjacencyMatrix", "dtype", dtype, "torch.int32 or torch.int64", "int32 halves the memory."
+            )
         self.table = torch.zeros(vocab_size, k, dtype=dtype)
         self.count = torch.zeros(vocab_size, dtype=torch.int64)
         self.shares = torch.zeros(vocab_size, k)
@@ -138,7 +140,9 @@ class AdjacencyMatrix:
     def claimed(self, where: str) -> Generator[None, None, None]:
         """Hold the matrix for one call; a second one at the same moment is refused."""
         if not self._busy.acquire(blocking=False):
-            raise StoppedError(f"{where}: state is in use by another call. Give each concurrent call a matrix of its own.")
+            raise StoppedError(
+                f"{where}: state is in use by another call. Give each concurrent call a matrix of its own."
+            )
         try:
             yield
         finally:
@@ -154,7 +158,7 @@ class AdjacencyMatrix:
         os.close(handle)
         try:
             save_file({"table": self.table, "count": self.count, "shares": self.shares}, name, metadata=about)
-            os.replace(name, target)
+            Path(name).replace(target)
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -58,7 +59,7 @@ def fill(shape: Shape, rows: Rows, root: int, chain: Ints, depth_limit: int) -> 
     valid = np.ones(n, dtype=bool)
     same = np.arange(n)  # the node that stands for this one
     edges = np.searchsorted(shape.depth, np.arange(1, int(shape.depth[-1]) + 2))
-    for depth, (start, end) in enumerate(zip(edges[:-1], edges[1:], strict=True), 1):
+    for depth, (start, end) in enumerate(pairwise(edges), 1):
         at = np.arange(start, end)
         parent, rank = same[shape.parent[at]], shape.rank[at]
         on_chain, before = rank < 0, tokens[parent]

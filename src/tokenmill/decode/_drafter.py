@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import FloatTensor, LongTensor, Tensor
 from transformers.cache_utils import DynamicCache
 
 from tokenmill import hf
-from tokenmill.decode._session import DecodeTrace, Request
+from tokenmill.decode._request import DecodeTrace, Request
 from tokenmill.errors import NonFiniteError
 
 if TYPE_CHECKING:
@@ -61,9 +61,7 @@ class Drafter:
         self.cached = real.shape[1]
         if length > 1:
             # Before it, a long prompt would be kept whole in sliding layers.
-            for layer in self.cache.layers:
-                if hasattr(layer, "activate_past_recording"):
-                    layer.activate_past_recording()
+            hf.record_past(self.cache)
             self.cache.batch_repeat_interleave(drafts)
         laws = [self._law(text, logits)]
         columns = [self._draw(laws[0].expand(drafts, -1))]
@@ -85,7 +83,9 @@ class Drafter:
     def _forward(self, ids: Tensor) -> Tensor:
         # A token that only the target has is read as another one: what follows is less likely right, and still exact.
         ids = ids.clamp(max=self.known - 1)
-        out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1, return_dict=True)
+        out: Any = self.model(
+            input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1, return_dict=True
+        )
         self.trace.draft_calls += 1
         logits = out.logits[:, -1].float()
         if not bool(torch.isfinite(logits.amax(1)).all()):
@@ -101,7 +101,7 @@ class Drafter:
         return logits
 
     def _law(self, text: Tensor, logits: Tensor) -> Tensor:
-        scores = self.request.logits_processor(text, logits)
+        scores = self.request.logits_processor(cast("LongTensor", text), cast("FloatTensor", logits))
         if self.request.generation_config.do_sample:
             return scores.double().softmax(1)
         return torch.nn.functional.one_hot(scores.argmax(1), scores.shape[1]).double()

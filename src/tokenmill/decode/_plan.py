@@ -150,7 +150,9 @@ def candidates(rows: Rows, statistics: Statistics, root: int, chain: Ints, match
         ids = np.concatenate([ids, np.full((ids.shape[0], 1), -1)], axis=1)
         right = np.concatenate([right, np.zeros((right.shape[0], 1))], axis=1)
         if spine >= 0 and depth <= chain.size:
-            _add_chain(ids[spine], right[spine], int(chain[depth - 1]), by_match[min(matched + depth - 1, LONGEST_MATCH) - 1])
+            _add_chain(
+                ids[spine], right[spine], int(chain[depth - 1]), by_match[min(matched + depth - 1, LONGEST_MATCH) - 1]
+            )
         reach = (chance[:, None] * np.minimum(right, CERTAIN)).ravel()
         best = np.argsort(-reach, kind="stable")[:WIDEST]
         best = best[reach[best] > HOPELESS]

@@ -22,7 +22,9 @@ def check_law(where: str, name: str, law: Tensor) -> None:
         raise LimitError(where, name, f"{law.dtype} {tuple(law.shape)}", "float probabilities (..., V)", "Use softmax.")
     low, total = law.min(), law.sum(-1, dtype=torch.float64)
     if not bool(low >= 0):
-        raise LimitError(where, name, f"an entry of {low.item()}", "at least 0 everywhere", "Use softmax, check for NaN.")
+        raise LimitError(
+            where, name, f"an entry of {low.item()}", "at least 0 everywhere", "Use softmax, check for NaN."
+        )
     off = (total - 1).abs().max()
     if not bool(off <= 1e-3):
         raise LimitError(where, name, f"a sum that is off by {off.item():.3g}", "1 within 1e-3", "Normalise it.")
@@ -199,7 +201,9 @@ def spectr_verify(
         raise LimitError(where, "draft_ids.shape", tuple(draft_ids.shape), "(K, L) with K, L >= 1", "Draft something.")
     k, length = draft_ids.shape
     if draft_probs.shape[:2] != (k, length):
-        raise LimitError(where, "draft_probs.shape", tuple(draft_probs.shape), f"({k}, {length}, V)", "One row a token.")
+        raise LimitError(
+            where, "draft_probs.shape", tuple(draft_probs.shape), f"({k}, {length}, V)", "One row a token."
+        )
     if target_probs.shape[:2] != (k, length + 1):
         limit = f"({k}, {length + 1}, V)"
         raise LimitError(where, "target_probs.shape", tuple(target_probs.shape), limit, "One row a prefix.")

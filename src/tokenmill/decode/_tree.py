@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -104,7 +105,7 @@ class TreeTemplate:
         object.__setattr__(self, "paths", nodes)
         object.__setattr__(self, "tree", tree)
         object.__setattr__(self, "child_rank", torch.tensor([0] + [p[-1] for p in nodes]))
-        object.__setattr__(self, "level_slices", tuple(slice(a, b) for a, b in zip(first, first[1:], strict=False)))
+        object.__setattr__(self, "level_slices", tuple(slice(a, b) for a, b in pairwise(first)))
         object.__setattr__(self, "leaf_paths", torch.tensor(walks))
 
     @property
@@ -130,7 +131,8 @@ class TreeTemplate:
 
 
 def _check(paths: tuple[Path, ...]) -> None:
-    where, known = "TreeTemplate", {()}
+    where = "TreeTemplate"
+    known: set[Path] = {()}
     depth = 0
     for path in paths:
         if not path or min(path) < 0:

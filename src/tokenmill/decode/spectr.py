@@ -21,7 +21,8 @@ from tokenmill import hf
 from tokenmill.catalog import Card, Paper, Reported
 from tokenmill.decode._adjacency import vocabulary
 from tokenmill.decode._drafter import Drafter
-from tokenmill.decode._session import DecodeTrace, Request, Run, Session, check_seed, decoding, generator_for
+from tokenmill.decode._request import DecodeTrace, Request, Run, check_seed, generator_for
+from tokenmill.decode._session import Session, decoding
 from tokenmill.decode._transport import (
     kseq_plan,
     kseq_select,
@@ -49,7 +50,7 @@ CARD = Card(
     ),
     summary=(
         "A small model draws several drafts and the large one verifies them together. "
-        "At each position the emitted token follows the large model's law and is one of the drafts as often as possible."
+        "Each emitted token follows the large model's law and is one of the drafts as often as possible."
     ),
     claim="The target's law exactly; more tokens for each target call than one draft gives, growing with their number.",
     api=("SpecTr", "spectr_verify", "kseq_plan", "kseq_select", "solve_rho", "optimal_acceptance"),
@@ -63,7 +64,10 @@ CARD = Card(
         "the smallest valid division factor is solved in float64 to the last bit that keeps the law",
     ),
     reported=Reported(
-        table="main result", setting="PaLM-2 Bison with Gecko, K = 8, L = 8, T = 1", metric="block efficiency", value=4.0
+        table="main result",
+        setting="PaLM-2 Bison with Gecko, K = 8, L = 8, T = 1",
+        metric="block efficiency",
+        value=4.0,
     ),
 )
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -25,7 +25,8 @@ from tokenmill.decode._adjacency import AdjacencyMatrix, last_occurrences, vocab
 from tokenmill.decode._draft import fill, template_shape
 from tokenmill.decode._ngram import longest_match
 from tokenmill.decode._plan import LONGEST_MATCH, Floats, best_paths, candidates, most_per_ms
-from tokenmill.decode._session import DecodeTrace, Request, Run, Session, check_seed, decoding, generator_for
+from tokenmill.decode._request import DecodeTrace, Request, Run, check_seed, generator_for
+from tokenmill.decode._session import Session, decoding
 from tokenmill.decode._topk import top_tokens
 from tokenmill.decode._tree import Tree, TreeTemplate, verify
 from tokenmill.errors import LimitError, unknown_name
@@ -312,7 +313,7 @@ def warm_up(matrix: AdjacencyMatrix, model: PreTrainedModel, prompt: Tensor, hid
     """
     tokens = prompt[-hidden.shape[0] :]
     last = last_occurrences(tokens.cpu())  # only the last of equal tokens would stay
-    head = model.get_output_embeddings()
+    head = cast("torch.nn.Module", model.get_output_embeddings())
     with torch.no_grad():
         tops = [top_tokens(head(part), matrix.k) for part in hidden[last.to(hidden.device)].split(rows)]
     values, successors = (torch.cat(column) for column in zip(*tops, strict=True))

@@ -26,6 +26,7 @@ __getattr__, __dir__ = lazy(
         "token_state": "layers",
         "check_cache": "cache",
         "keep_rows": "cache",
+        "record_past": "cache",
         "recording": "cache",
         "last_hidden": "hidden",
         "layer_kinds": "masks",

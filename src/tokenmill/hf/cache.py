@@ -30,15 +30,21 @@ def check_cache(where: str, cache: Any) -> DynamicCache:
     return cache
 
 
+def record_past(cache: DynamicCache) -> list[DynamicSlidingWindowLayer]:
+    """Let sliding layers of one's own cache keep what a draft pushes out; return those that did not before."""
+    changed = [x for x in cache.layers if isinstance(x, DynamicSlidingWindowLayer) and not x.record_past]
+    for layer in changed:
+        layer.activate_past_recording()
+    return changed
+
+
 @contextmanager
 def recording(cache: DynamicCache) -> Generator[None, None, None]:
     """Let sliding layers keep what a draft pushes out, so that rejected rows can be taken back.
 
     Enter it after the prefill: before it, a long prompt would be kept whole in every sliding layer.
     """
-    changed = [layer for layer in cache.layers if isinstance(layer, DynamicSlidingWindowLayer) and not layer.record_past]
-    for layer in changed:
-        layer.activate_past_recording()
+    changed = record_past(cache)
     try:
         yield
     finally:
@@ -59,29 +65,23 @@ def keep_rows(cache: DynamicCache, new: int, keep: Tensor) -> None:
     kept = keep.shape[0]
     # A chain draft keeps its first rows: a crop, without moving anything.
     prefix = kept == 0 or int(keep[-1]) == kept - 1
-    for layer in cache.layers:
-        if not layer.is_initialized:  # layers that share the keys of another one
+    for layer in cast("list[DynamicLayer]", cache.layers):
+        keys, values = layer.keys, layer.values
+        if keys is None or values is None:  # layers that share the keys of another one
             continue
         if hasattr(layer, "select_rows"):
             _select_with_state(layer, new, keep)
             continue
-        layer = cast("DynamicLayer", layer)
-        total = layer.keys.shape[-2]
+        base = keys.shape[-2] - new
         if not prefix:
-            _move(layer, total - new, keep)
+            # In place: the forward's concatenation made these tensors, nobody else holds them.
+            for kept_rows in (keys, values):
+                kept_rows[:, :, base : base + kept] = kept_rows.index_select(2, keep.to(keys.device) + base)
         if new > kept:
-            layer.keys = layer.keys[:, :, : total - new + kept]
-            layer.values = layer.values[:, :, : total - new + kept]
+            layer.keys, layer.values = keys[:, :, : base + kept], values[:, :, : base + kept]
         if isinstance(layer, DynamicSlidingWindowLayer):
             layer.cumulative_length -= new - kept
             layer.crop(0)  # back to the window
-
-
-def _move(layer: DynamicLayer, base: int, keep: Tensor) -> None:
-    # In place: the forward's concatenation made these tensors, nobody else holds them.
-    rows = keep.to(layer.keys.device) + base
-    layer.keys[:, :, base : base + keep.shape[0]] = layer.keys.index_select(2, rows)
-    layer.values[:, :, base : base + keep.shape[0]] = layer.values.index_select(2, rows)
 
 
 def _select_with_state(layer: Any, new: int, keep: Tensor) -> None:

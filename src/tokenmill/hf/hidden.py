@@ -19,7 +19,7 @@ def last_hidden(model: PreTrainedModel) -> Generator[list[Tensor], None, None]:
     """Collect what each forward inside the ``with`` hands to the output layer: (B, T, D), one for each call."""
     captured: list[Tensor] = []
 
-    def keep(module: nn.Module, args: Any, out: Any) -> None:
+    def keep(_module: nn.Module, _args: Any, out: Any) -> None:
         captured.append(out[0])
 
     handle = decoder(model).register_forward_hook(keep)

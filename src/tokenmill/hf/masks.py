@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.cache_utils import DynamicCache
 
+
 def mask_form(where: str, model: PreTrainedModel) -> str:
     """``"float"`` for eager attention, ``"bool"`` for sdpa and attention functions that take its masks.
 
