@@ -424,18 +424,22 @@ def test_length_limits_hold_whatever_is_accepted(zoo: Zoo) -> None:
         assert made.shape[1] == ids.shape[1] + n
 
 
-def test_positions_of_the_model_are_not_exceeded(zoo: Zoo) -> None:
+def test_drafts_end_where_the_models_positions_end(zoo: Zoo) -> None:
+    """Tokens are asked for beyond the last position: no drafted node stands there."""
     model, ids = zoo("llama", "sdpa"), prompt(500)
-    seen = []
-    handle = model.register_forward_pre_hook(
-        lambda m, a, kw: seen.append(int(kw["position_ids"].max())), with_kwargs=True
-    )
+    drafted: list[int] = []
+
+    def look(module: Any, args: Any, named: dict[str, Any]) -> None:
+        if 1 < named["input_ids"].shape[1] < 500:
+            drafted.append(int(named["position_ids"].max()))
+
+    handle = model.register_forward_pre_hook(look, with_kwargs=True)
     try:
-        made = generate(model, ids, TokenRecycling(random_state(V, K)), max_new_tokens=12)
+        made = generate(model, ids, TokenRecycling(random_state(V, K)), max_new_tokens=20)
     finally:
         handle.remove()
-    assert max(seen) < 512
-    assert torch.equal(made, generate(model, ids, max_new_tokens=12))
+    assert max(drafted) == 511
+    assert torch.equal(made, generate(model, ids, max_new_tokens=20))
 
 
 class StopsAt(StoppingCriteria):
@@ -627,8 +631,9 @@ def three_tokens() -> Law:
 
 
 @pytest.mark.prop("token-recycling", 8)
-@pytest.mark.parametrize("merged", [True, False])
-@pytest.mark.parametrize("name", GARBAGE)
+@pytest.mark.parametrize(
+    ("name", "merged"), [("cold", True), ("distinct", True), ("twins", True), ("twins", False), ("one-sided", False)]
+)
 def test_samples_follow_the_target_from_any_state(three_tokens: Law, name: str, merged: bool) -> None:
     counts = sampled_counts(GARBAGE[name](), verify, merged=merged, draws=DRAWS)
     assert sum(counts.values()) == DRAWS
@@ -650,7 +655,7 @@ def test_samples_of_generate_follow_the_target(three_tokens: Law) -> None:
     settings = model.generation_config
     settings.do_sample, settings.top_k, settings.max_new_tokens = True, 0, 3
     generator = torch.Generator().manual_seed(3)
-    for _ in range(1000):
+    for _ in range(800):
         counts[tuple(model.generate(ids, custom_generate=decoder, generator=generator)[0, 4:].tolist())] += 1
     assert chi_square(dict(counts), three_tokens) > 1e-3
 
@@ -669,6 +674,6 @@ def test_warpers_shape_the_sampled_law() -> None:
     settings = model.generation_config
     settings.do_sample, settings.max_new_tokens = True, 2
     settings.top_k, settings.temperature, settings.repetition_penalty = 3, 1.7, 1.5
-    for _ in range(500):
+    for _ in range(400):
         counts[tuple(model.generate(ids, custom_generate=decoder, generator=generator)[0, 4:].tolist())] += 1
     assert chi_square(dict(counts), law) > 1e-3

@@ -34,7 +34,7 @@ def prefilled(model: Any, ids: Tensor) -> Any:
 def test_kept_rows_are_those_of_a_forward_over_them_alone(kind: str, past: int, keep: list[int]) -> None:
     """Six siblings behind one past: each sees the past and itself, so any of them stand alone as well."""
     model, ids, new = tiny(kind), tokens(past), tokens(6, seed=1)
-    cache = prefilled(model, ids)
+    cache: Any = prefilled(model, ids)
     with hf.recording(cache):
         siblings = torch.eye(6, dtype=torch.bool)
         mask = hf.tree_masks(
@@ -52,18 +52,18 @@ def test_kept_rows_are_those_of_a_forward_over_them_alone(kind: str, past: int, 
     for i, layer in enumerate(layers):
         rows = layer.keys.shape[-2]
         assert layer.get_seq_length() == past + len(keep)
-        if isinstance(layer, DynamicSlidingWindowLayer):
+        if layer.is_sliding:
             assert rows == min(past + len(keep), WINDOW - 1)
         else:
             assert rows == past + len(keep)
         for place, node in enumerate(keep):
-            alone: Any = prefilled(model, ids)
+            alone = prefilled(model, ids)
             model(input_ids=new[:, node : node + 1], position_ids=torch.tensor([[past]]), past_key_values=alone)
             at = rows - len(keep) + place
             for ours, theirs in ((layer.keys, alone.layers[i].keys), (layer.values, alone.layers[i].values)):
                 assert torch.allclose(ours[:, :, at], theirs[:, :, -1], atol=1e-4)
     old: Any = prefilled(model, ids)
-    for layer, before in zip(cache.layers, old.layers, strict=True):
+    for layer, before in zip(layers, old.layers, strict=True):
         kept_past = layer.keys.shape[-2] - len(keep)
         assert torch.equal(layer.keys[:, :, :kept_past], before.keys[:, :, before.keys.shape[-2] - kept_past :])
 
