@@ -57,7 +57,7 @@ class AdjacencyMatrix:
         self.table = torch.zeros(vocab_size, k, dtype=dtype)
         self.count = torch.zeros(vocab_size, dtype=torch.int64)
         self.shares = torch.zeros(vocab_size, k)
-        self.statistics = Statistics()
+        self.statistics = Statistics(k)
         self._busy = threading.Lock()
 
     @classmethod
@@ -83,7 +83,7 @@ class AdjacencyMatrix:
         self.table.zero_()
         self.count.zero_()
         self.shares.zero_()
-        self.statistics = Statistics()
+        self.statistics = Statistics(self.k)
 
     @property
     def rows(self) -> Rows:
@@ -183,7 +183,7 @@ class AdjacencyMatrix:
         matrix = cls(table.shape[0], table.shape[1], table.dtype)
         matrix.table, matrix.count, matrix.shares = table, count, shares
         matrix._check_ids(table)
-        matrix.statistics = Statistics.from_dict(json.loads(about["statistics"]))
+        matrix.statistics = Statistics.from_dict(matrix.k, json.loads(about["statistics"]))
         return matrix
 
     def _check_ids(self, ids: Tensor) -> None:

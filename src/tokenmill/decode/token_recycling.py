@@ -24,7 +24,7 @@ from tokenmill.catalog import Card, Paper, Reported
 from tokenmill.decode._adjacency import AdjacencyMatrix, last_occurrences, vocabulary
 from tokenmill.decode._draft import fill, template_shape
 from tokenmill.decode._ngram import longest_match
-from tokenmill.decode._plan import LONGEST_MATCH, Floats, best_paths, candidates, most_per_ms
+from tokenmill.decode._plan import LONGEST_MATCH, Floats, agreement, best_paths, candidates, worth_its_ms
 from tokenmill.decode._request import DecodeTrace, Request, Run, check_seed, generator_for
 from tokenmill.decode._session import Session, decoding
 from tokenmill.decode._topk import top_tokens
@@ -83,7 +83,7 @@ _OFFICIAL = (
 TREES = ("0", "5", "7", "15", "32", "2.2.2", "auto")
 CHAIN = 10  # n-gram nodes beside a fixed tree, as many as prompt lookup drafts
 LONGEST_CHAIN = 24  # n-gram nodes that a planned tree may choose from
-PLANNED = 48  # positions that a planned tree may take
+PLANNED = 128  # positions that a planned tree may take
 
 
 def tree_template(name: str, k: int = 8) -> TreeTemplate:
@@ -266,7 +266,7 @@ class Planner:
         self.chain_length = (CHAIN if template is not None else LONGEST_CHAIN) if hybrid else 0
         self.ids = np.zeros(room, dtype=np.int64)
         self.length = 0
-        self.chain, self.matched = self.ids[:0], 0
+        self.chain, self.matched, self.positions = self.ids[:0], 0, 1
 
     def saw(self, tokens: Tensor) -> None:
         """Append committed tokens (A,)."""
@@ -282,7 +282,10 @@ class Planner:
             plan = fill(self.shape, self.rows, root, self.chain, depth_limit)
         else:
             found = candidates(self.rows, self.matrix.statistics, root, self.chain, self.matched, depth_limit)
-            plan = most_per_ms(found, self.cost)
+            # Before anything is known: two tokens from a forward over eight positions.
+            pace = self.matrix.statistics.tokens_per_ms(2.0, self.cost[min(8, self.cost.size) - 1])
+            plan = worth_its_ms(found, self.cost, pace)
+        self.positions = plan.tokens.size
         return torch.from_numpy(plan.tokens), Tree.from_parents(torch.from_numpy(plan.parent))
 
     def learn(self, before: Tensor, tokens: Tensor) -> None:
@@ -292,13 +295,19 @@ class Planner:
             before: (A,) the token before each emitted one.
             tokens: (A,) the emitted tokens.
         """
-        known = torch.arange(self.matrix.k) < self.matrix.count[before][:, None]
-        shares = torch.where(known, self.matrix.shares[before], -1.0)
-        self.matrix.statistics.saw_successors(shares.numpy(), self.matrix.ranks(before, tokens).tolist())
+        matrix, statistics, k = self.matrix, self.matrix.statistics, self.matrix.k
+        known = torch.arange(k) < matrix.count[before][:, None]
+        shares = torch.where(known, matrix.shares[before], -1.0)
+        judged, hits = 0, 0
         if self.matched:
-            seen = min(tokens.shape[0], self.chain.size)
-            agrees = np.cumprod(self.chain[:seen] == tokens[:seen].numpy())
-            self.matrix.statistics.saw_chain(self.matched, int(agrees.sum()), seen)
+            agrees = self.chain[: tokens.shape[0]] == tokens[: self.chain.size].numpy()
+            hits = int(np.cumprod(agrees).sum())
+            judged = min(hits + 1, agrees.size)
+        chain_ranks = matrix.ranks(before[:judged], torch.from_numpy(self.chain[:judged])).tolist()
+        statistics.saw(shares.numpy(), matrix.ranks(before, tokens).tolist(), chain_ranks)
+        statistics.saw_chain([agreement(rank, k) for rank in chain_ranks], hits, self.matched)
+        if self.shape is None:
+            statistics.saw_step(tokens.shape[0], self.cost[self.positions - 1])
         self.saw(tokens)
 
 

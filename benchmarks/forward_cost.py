@@ -1,6 +1,6 @@
 """Milliseconds of a forward by new positions, packed and stock: the cost that planned trees are chosen by.
 
-python benchmarks/profile.py
+python benchmarks/forward_cost.py
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main() -> None:
                 "positions": measured.positions,
                 "ms": measured.ms,
                 "status": "ok",
-                "cmd": "python benchmarks/profile.py " + " ".join(sys.argv[1:]),
+                "cmd": "python benchmarks/forward_cost.py " + " ".join(sys.argv[1:]),
                 "env": environment(),
             }
             with RESULTS.open("a", encoding="utf-8") as file:
