@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokenmill.decode._adjacency import AdjacencyMatrix, last_occurrences, vocabulary
+from tokenmill.decode.token_recycling import TokenRecycling
 from tokenmill.errors import LimitError, StoppedError
-from tokenmill.models import tiny
+from tokenmill.models import CostProfile, tiny
 
 V, K = 12, 4
 Rows = dict[int, list[int]]
@@ -32,6 +33,13 @@ class SlowMatrix:
         for token, first in dict(zip(tokens, successors, strict=True)).items():
             others = [x for x in self.rows.get(token, []) if x != first]
             self.rows[token] = [first, *others][:K]
+
+
+def decoded_with(matrix: AdjacencyMatrix) -> None:
+    """Decode a little with planned trees, so that there are statistics."""
+    model = tiny("llama", vocab=V, layers=1)
+    decoder = TokenRecycling(matrix, tree="auto", draft="hybrid", profile=CostProfile((1, 64), (1.0, 2.0)))
+    model.generate(torch.tensor([[1, 2, 3, 1, 2]]), do_sample=False, max_new_tokens=12, custom_generate=decoder)
 
 
 def known_rows(matrix: AdjacencyMatrix) -> Rows:
@@ -96,7 +104,8 @@ def test_last_occurrences_beyond_the_size_of_the_square() -> None:
 def test_reset_forgets_rows_and_statistics() -> None:
     matrix = AdjacencyMatrix(V, K)
     matrix.put_first(torch.tensor([1]), torch.tensor([2]))
-    matrix.statistics.saw_chain(1, 1, 1)
+    decoded_with(matrix)
+    assert matrix.statistics.to_dict() != AdjacencyMatrix(V, K).statistics.to_dict()
     matrix.reset()
     assert known_rows(matrix) == {}
     assert not bool(matrix.table.any())
@@ -120,8 +129,7 @@ def written() -> AdjacencyMatrix:
     matrix = AdjacencyMatrix(V, K)
     matrix.update(torch.tensor([2, 4]), torch.randn(2, V, generator=torch.Generator().manual_seed(2)))
     matrix.put_first(torch.tensor([9]), torch.tensor([1]))
-    matrix.statistics.saw_successors(matrix.shares[[2, 4]].numpy(), [0, K])
-    matrix.statistics.saw_chain(3, 2, 4)
+    decoded_with(matrix)
     return matrix
 
 

@@ -138,10 +138,12 @@ def test_warpers_shape_both_laws(warped: str, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("layout", ["tree", "batch"])
 @pytest.mark.parametrize("drafts", [1, 4])
 def test_a_drafter_that_is_the_target_is_always_accepted(zoo: Zoo, layout: Layout, drafts: int) -> None:
+    """Also behind processors: both laws are shaped alike."""
+    shaped = {"temperature": 0.6, "top_k": 5, "repetition_penalty": 1.5}
     for kind in KINDS:
         model = zoo(kind, "sdpa")
         decoder = SpecTr(model, num_drafts=drafts, draft_len=4, layout=layout, seed=3)
-        generate(model, prompt(20), decoder, do_sample=True, max_new_tokens=16)
+        generate(model, prompt(20), decoder, do_sample=True, max_new_tokens=16, **shaped)
         assert decoder.trace.steps == [5, 5, 5]
         assert decoder.trace.mean_accepted == 5.0
 

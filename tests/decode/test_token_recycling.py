@@ -137,6 +137,23 @@ def test_hybrid_drafts_and_warm_up_change_no_token(zoo: Zoo, kind: str, tree: st
         assert torch.equal(generate(model, ids, decoder), generate(model, ids))
 
 
+@pytest.mark.parametrize("draft", ["adjacency", "hybrid"])
+def test_a_planned_tree_follows_the_measured_cost(zoo: Zoo, draft: Any) -> None:
+    """Where further positions are dear it is plain decoding, where they are free it drafts."""
+    model, ids = zoo("gemma3", "sdpa"), prompt(30, seed=1)
+    plain, drafted = generate(model, ids), []
+    for profile in (CostProfile((1, 2, 64), (1.0, 60.0, 70.0)), CostProfile((1, 64), (1.0, 1.0))):
+        decoder = TokenRecycling(tree="auto", draft=draft, warm_up_from_prompt=True, profile=profile).hot(model)
+        for _ in range(2):
+            assert torch.equal(generate(model, ids, decoder), plain)
+        drafted.append(decoder.trace.drafted)
+        if profile.ms[1] > 1:
+            assert decoder.trace.steps == [1] * (NEW - 1)
+    assert drafted[0] == 0
+    assert drafted[1] > 20
+    assert len(decoder.trace.steps) < NEW - 1
+
+
 @pytest.mark.prop("token-recycling", 1)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", KINDS)
