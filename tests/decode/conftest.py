@@ -11,7 +11,7 @@ from hypothesis import settings
 
 from tokenmill.models import tiny
 
-settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, max_examples=60)
+settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, max_examples=40)
 settings.load_profile("repeatable")
 
 Zoo = Callable[[str, str], Any]

@@ -98,7 +98,7 @@ def test_samples_of_generate_follow_the_target(
     config.do_sample, config.top_k, config.max_new_tokens = True, 0, 3
     counts: Counter[tuple[int, ...]] = Counter()
     generator = torch.Generator().manual_seed(2)
-    for _ in range(400):
+    for _ in range(300):
         made = target.generate(IDS, custom_generate=decoder, generator=generator)
         counts[tuple(made[0, 4:].tolist())] += 1
     assert chi_square(dict(counts), three_tokens) > 1e-3
@@ -128,7 +128,7 @@ def test_warpers_shape_both_laws(warped: str, monkeypatch: pytest.MonkeyPatch) -
         setattr(target.generation_config, name, value)
     counts: Counter[tuple[int, ...]] = Counter()
     generator = torch.Generator().manual_seed(1)
-    for _ in range(250):
+    for _ in range(200):
         made = target.generate(IDS[:, :2], custom_generate=decoder, generator=generator)
         counts[tuple(made[0, 2:].tolist())] += 1
     assert chi_square(dict(counts), law) > 1e-3
