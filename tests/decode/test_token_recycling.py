@@ -348,12 +348,14 @@ def test_equal_starts_give_equal_runs_and_a_hot_state_accepts_more(zoo: Zoo) -> 
             made = generate(model, ids, decoder, do_sample=True)
             runs.append((made.tolist(), decoder.trace.steps))
         assert runs[0] == runs[1]
-        hot = TokenRecycling().hot(model)
-        rates = []
-        for _ in range(2):
-            generate(model, ids, hot, max_new_tokens=40)
-            rates.append(hot.trace.mean_accepted)
-        assert rates[1] >= rates[0]
+        calls = [0, 0]
+        for seed in range(6):
+            hot = TokenRecycling().hot(model)
+            for run in range(2):
+                generate(model, prompt(12, seed), hot)
+                calls[run] += len(hot.trace.steps)
+        # A row remembers the last place of its token, so a single text may do a little worse; many do better.
+        assert calls[1] < 0.9 * calls[0]
 
 
 def test_a_state_stays_with_its_decoder_and_cold_decoders_have_none(zoo: Zoo) -> None:
