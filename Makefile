@@ -34,7 +34,7 @@ lint: $(STAMP)
 wheel: $(STAMP)
 	BIN=$(BIN) sh tests/wheel.sh
 
-# Everything behind the tables, on an idle machine with two cores: about an hour. Lines are appended.
+# Everything behind the tables, on an idle machine with two cores: about forty minutes. Lines are appended.
 bench: $(STAMP)
 	sh benchmarks/run.sh
 

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Every line in benchmarks/results/, in about an hour on two idle cores. Give names to run a part: speed accepted ...
+# Every line in benchmarks/results/, in about forty minutes on two idle cores. Give names to run a part: speed accepted ...
 set -eu
 cd "$(dirname "$0")/.."
 BIN=${BIN:-.venv/bin}
@@ -15,14 +15,14 @@ for part in ${*:-profile speed accepted spectr exactness}; do
   case $part in
   profile) python benchmarks/forward_cost.py ;;
   speed)
-    tokenmill bench generate --limit 12 --warm 12 --out runs/speed \
-      --methods plain,stock,prompt-lookup,$auto,$auto:draft=hybrid,token-recycling:tree=15:warm_up_from_prompt=true,token-recycling:warm_up_from_prompt=true
+    tokenmill bench generate --limit 12 --warm 8 --out runs/speed \
+      --methods plain,stock,prompt-lookup,$auto,$auto:draft=hybrid,token-recycling:tree=15:warm_up_from_prompt=true
     keep speed
     ;;
   accepted)
-    tokenmill bench generate --data python-stdlib --limit 28 --warm 28 --out runs/accepted \
-      --methods plain,token-recycling,token-recycling:warm_up_from_prompt=true,token-recycling:tree=15,token-recycling:tree=7
-    tokenmill bench generate --data python-stdlib --limit 28 --warm 0 --out runs/accepted \
+    tokenmill bench generate --data python-stdlib --limit 16 --warm 16 --out runs/accepted \
+      --methods plain,token-recycling,token-recycling:warm_up_from_prompt=true,token-recycling:tree=15
+    tokenmill bench generate --data python-stdlib --limit 16 --warm 0 --out runs/accepted \
       --methods plain,token-recycling
     keep accepted
     ;;
@@ -31,7 +31,7 @@ for part in ${*:-profile speed accepted spectr exactness}; do
       methods=plain
       for drafts in 1 2 4 8; do methods=$methods,spectr:num_drafts=$drafts:draft_len=$length; done
       tokenmill bench generate --model python-target --draft python-draft --sample --dtype float32 \
-        --data python-stdlib --limit 30 --prompt-tokens 128 --methods $methods --out runs/spectr
+        --data python-stdlib --limit 24 --prompt-tokens 128 --methods $methods --out runs/spectr
     done
     keep spectr
     ;;

@@ -180,6 +180,12 @@ class AdjacencyMatrix:
                 table, count, shares = (file.get_tensor(name) for name in ("table", "count", "shares"))
         except SafetensorError as error:
             raise LimitError("AdjacencyMatrix.load", "path", str(path), f"a safetensors file ({error})") from error
+        fits = table.dim() == 2 and shares.shape == table.shape and count.shape == table.shape[:1]
+        if not fits or not bool(((count >= 0) & (count <= table.shape[1])).all()):
+            shapes = f"table {tuple(table.shape)}, count {tuple(count.shape)}, shares {tuple(shares.shape)}"
+            raise LimitError(
+                "AdjacencyMatrix.load", "path", str(path), f"a whole matrix, not {shapes}", "Save it anew."
+            )
         matrix = cls(table.shape[0], table.shape[1], table.dtype)
         matrix.table, matrix.count, matrix.shares = table, count, shares
         matrix._check_ids(table)

@@ -315,9 +315,8 @@ class Session:
 @contextmanager
 def decoding(where: str, request: Request, trace: DecodeTrace, tree: bool = True) -> Generator[Session, None, None]:
     """A session whose streamer is always ended, and whose errors carry what was produced."""
-    session = Session(where, request, trace, tree=tree)
     try:
-        yield session
+        yield Session(where, request, trace, tree=tree)
     except (LimitError, UnsupportedError, StoppedError) as error:
         error.partial = list(trace.tokens_so_far) if error.partial is None else error.partial
         raise

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 128
-SMALL = 64 * BLOCK
+SMALL = 64 * BLOCK  # up to here one stage is as good
 
 
 def top_tokens(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -16,7 +16,7 @@ def top_tokens(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     column is ``logits.argmax(-1)``. A NaN in a row makes that row's first value NaN.
 
     Args:
-        logits: (N, V), any float dtype.
+        logits: (N, V), any float dtype up to float32 (float64 compares as float32 does).
         k: in [1, V].
 
     Returns:
@@ -24,16 +24,24 @@ def top_tokens(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     n, v = logits.shape
     if v <= max(SMALL, k * BLOCK):
-        values, tokens = logits.sort(dim=1, descending=True, stable=True)
-        return values[:, :k], tokens[:, :k]
+        tokens = _ranked(logits, torch.arange(v, device=logits.device)).topk(k, dim=1).indices
+        return logits.gather(1, tokens), tokens
     whole = v // BLOCK
     blocks = logits[:, : whole * BLOCK].view(n, whole, BLOCK).amax(2)  # (N, W)
     if v % BLOCK:
         blocks = torch.cat([blocks, logits[:, whole * BLOCK :].amax(1, keepdim=True)], dim=1)
-    # Stable sorts keep the lower index among equal maxima; the best blocks are then read in ascending order.
-    best = blocks.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
+    number = torch.arange(blocks.shape[1], device=logits.device)
+    best = _ranked(blocks, number).topk(k, dim=1, sorted=False).indices
     tokens = (best[:, :, None] * BLOCK + torch.arange(BLOCK, device=logits.device)).view(n, -1)  # (N, k * BLOCK)
-    outside = tokens >= v
-    values = logits.gather(1, tokens.clamp(max=v - 1)).masked_fill_(outside, -torch.inf)
-    values, order = values.sort(dim=1, descending=True, stable=True)
-    return values[:, :k], tokens.gather(1, order[:, :k])
+    inside = tokens.clamp(max=v - 1)
+    keys = _ranked(logits.gather(1, inside), tokens).masked_fill_(tokens >= v, torch.iinfo(torch.int64).min)
+    tokens = inside.gather(1, keys.topk(k, dim=1).indices)
+    return logits.gather(1, tokens), tokens
+
+
+def _ranked(values: Tensor, index: Tensor) -> Tensor:
+    """int64 keys that order by value, and equal values by the lower index; NaN comes first."""
+    bits = (values.float() + 0.0).view(torch.int32)  # adding 0 makes -0 equal to 0
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # two's complement order for negative values too
+    bits = bits.masked_fill(values.isnan(), torch.iinfo(torch.int32).max)
+    return (bits.long() << 32) - index

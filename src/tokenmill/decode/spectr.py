@@ -156,7 +156,6 @@ class SpecTr:
             NonFiniteError: logits of either model are not finite; ``.partial`` holds the new tokens.
         """
         where = "SpecTr"
-        width, known = self._widths(model)
         request = Request(
             model,
             input_ids,
@@ -172,6 +171,7 @@ class SpecTr:
                 "SpecTr: without sampling all drafts are the same, so num_drafts > 1 gains nothing.", stacklevel=2
             )
         with self._run.started(where) as trace, decoding(where, request, trace, self.layout == "tree") as session:
+            width, known = self._widths(model)
             drafter = Drafter(where, self.draft_model, request, width=width, known=known, trace=trace)
             logits = session.prefill()
             session.check_finite(logits.amax(1))

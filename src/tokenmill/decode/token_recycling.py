@@ -183,10 +183,10 @@ class TokenRecycling:
             generator,
         )
         matrix = self.state if self.state is not None else AdjacencyMatrix.for_model(model, self.k)
-        if matrix.vocab_size != vocabulary(model):
-            limit = f"{vocabulary(model)}, the model's"
-            raise LimitError(where, "state.vocab_size", matrix.vocab_size, limit, "Use a matrix for this model.")
         with self._run.started(where) as trace, matrix.claimed(where), decoding(where, request, trace) as session:
+            if matrix.vocab_size != vocabulary(model):
+                limit = f"{vocabulary(model)}, the model's"
+                raise LimitError(where, "state.vocab_size", matrix.vocab_size, limit, "Use a matrix for this model.")
             planner = self._planner(model, matrix, session)
             first = self._first(session, matrix)
             with hf.recording(session.cache):
