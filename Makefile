@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(STAMP)
-	$(BIN)/tokenmill bench generate --model gemma-3-270m --limit 3 --new-tokens 64 \
+	$(BIN)/tokenmill bench generate --model gemma-3-270m --limit 3 --new-tokens 64 --warm 2 \
 	  --methods plain,stock,prompt-lookup,token-recycling:tree=auto:warm_up_from_prompt=true:draft=hybrid \
 	  --out $(OUT)
 	$(BIN)/tokenmill report $(OUT) -o $(OUT)/report.html

@@ -141,7 +141,24 @@ def spectr() -> str:
     return table(head, rows) + provenance(found)
 
 
-TABLES: dict[str, Callable[[], str]] = {f.__name__: f for f in (speed, short, profile, accepted, exactness, spectr)}
+def pair() -> str:
+    """What the recipe of the shipped pair took and reached, from the assets' own cards."""
+    rows = []
+    for name in ("python-target", "python-draft"):
+        card = json.loads((ROOT / "src" / "tokenmill" / "assets" / name / "card.json").read_text(encoding="utf-8"))
+        rows.append(
+            [
+                f"`{name}`",
+                f"{card['weights']:,}",
+                f"{card['steps']:,}",
+                f"{card['cpu_seconds'] / 60:.0f} minutes on one core",
+                f"{card['held_out_bits_per_byte']:.2f}",
+            ]
+        )
+    return table(["model", "weights", "steps", "training", "held-out bits per byte"], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {f.__name__: f for f in (speed, short, profile, accepted, exactness, spectr, pair)}
 
 
 def main() -> int:

@@ -31,7 +31,7 @@ def make(request: pytest.FixtureRequest) -> Make:
     return DECODERS[request.param]
 
 
-def refusal(kind: type[TokenmillError], work: Callable[[], Any], *words: str) -> TokenmillError:
+def assert_refused(kind: type[TokenmillError], work: Callable[[], Any], *words: str) -> TokenmillError:
     with pytest.raises(kind) as refused:
         work()
     for word in words:
@@ -41,22 +41,24 @@ def refusal(kind: type[TokenmillError], work: Callable[[], Any], *words: str) ->
 
 def test_more_than_one_sequence(zoo: Zoo, make: Make) -> None:
     ids = prompt(6).expand(3, -1)
-    refusal(UnsupportedError, lambda: generate(zoo("llama", "sdpa"), ids, make()), "one sequence", "batch 3")
+    assert_refused(UnsupportedError, lambda: generate(zoo("llama", "sdpa"), ids, make()), "one sequence", "batch 3")
 
 
 def test_beams(zoo: Zoo, make: Make) -> None:
-    refusal(UnsupportedError, lambda: generate(zoo("llama", "sdpa"), prompt(6), make(), num_beams=2), "num_beams = 2")
+    assert_refused(
+        UnsupportedError, lambda: generate(zoo("llama", "sdpa"), prompt(6), make(), num_beams=2), "num_beams = 2"
+    )
 
 
 def test_an_empty_prompt(zoo: Zoo, make: Make) -> None:
     empty = torch.empty(1, 0, dtype=torch.long)
     work = lambda: generate(zoo("llama", "sdpa"), empty, make(), attention_mask=torch.ones_like(empty))  # noqa: E731
-    refusal(LimitError, work, "prompt length = 0", "at least 1")
+    assert_refused(LimitError, work, "prompt length = 0", "at least 1")
 
 
 def test_a_prompt_beyond_the_models_positions(zoo: Zoo, make: Make) -> None:
     work = lambda: generate(zoo("llama", "sdpa"), prompt(513), make())  # noqa: E731
-    refusal(LimitError, work, "prompt length = 513", "at most 512")
+    assert_refused(LimitError, work, "prompt length = 513", "at most 512")
 
 
 def caches(model: Any) -> dict[str, Any]:
@@ -75,17 +77,17 @@ def caches(model: Any) -> dict[str, Any]:
 def test_a_cache_whose_rows_cannot_be_dropped(zoo: Zoo, make: Make, name: str) -> None:
     model = zoo("llama", "sdpa")
     work = lambda: generate(model, prompt(6), make(), past_key_values=caches(model)[name])  # noqa: E731
-    refusal(UnsupportedError, work, name, "dynamic cache")
+    assert_refused(UnsupportedError, work, name, "dynamic cache")
 
 
 def test_the_static_cache_that_generate_would_make(zoo: Zoo, make: Make) -> None:
     work = lambda: generate(zoo("llama", "sdpa"), prompt(6), make(), cache_implementation="static")  # noqa: E731
-    refusal(UnsupportedError, work, "StaticCache")
+    assert_refused(UnsupportedError, work, "StaticCache")
 
 
 def test_no_cache(zoo: Zoo, make: Make) -> None:
     work = lambda: generate(zoo("llama", "sdpa"), prompt(6), make(), use_cache=False)  # noqa: E731
-    refusal(UnsupportedError, work, "needs a KV cache", "use_cache=True")
+    assert_refused(UnsupportedError, work, "needs a KV cache", "use_cache=True")
 
 
 @pytest.mark.parametrize("name", ["flash_attention_2", "flex_attention"])
@@ -93,19 +95,23 @@ def test_attention_that_takes_no_tree_mask(name: str) -> None:
     for decoder in (DECODERS["token-recycling"](), DECODERS["spectr"]()):
         model = tiny("llama", layers=1)
         model.config._attn_implementation = name
-        refusal(UnsupportedError, lambda d=decoder, m=model: generate(m, prompt(6), d), name, "tree mask", "sdpa")
+        assert_refused(
+            UnsupportedError, lambda d=decoder, m=model: generate(m, prompt(6), d), name, "tree mask", "sdpa"
+        )
 
 
 def test_layers_that_take_no_tree_mask(make: Make) -> None:
     model = tiny("llama", layers=1)
     model.config.layer_types = ["chunked_attention"]
     work = lambda: generate(model, prompt(6), make(), past_key_values=DynamicCache())  # noqa: E731
-    refusal(UnsupportedError, work, "chunked_attention")
+    assert_refused(UnsupportedError, work, "chunked_attention")
 
 
 def test_attentions_and_hidden_states_of_a_draft(zoo: Zoo, make: Make) -> None:
     asked = {"return_dict_in_generate": True, "output_hidden_states": True}
-    refusal(UnsupportedError, lambda: generate(zoo("llama", "sdpa"), prompt(6), make(), **asked), "hidden states")
+    assert_refused(
+        UnsupportedError, lambda: generate(zoo("llama", "sdpa"), prompt(6), make(), **asked), "hidden states"
+    )
 
 
 def poisoned(at: int, value: float = torch.nan) -> Any:
@@ -131,7 +137,7 @@ def test_logits_that_are_not_finite(make: Make, at: int, value: float) -> None:
     long = {"max_new_tokens": 60}
     whole = generate(tiny("llama", layers=1), ids, **long)[0].tolist()
     work = lambda: generate(poisoned(at, value), ids, decoder, token_streamer=listener, **long)  # noqa: E731
-    error = refusal(NonFiniteError, work, f"hold {value}", f"at call {at}", "finite")
+    error = assert_refused(NonFiniteError, work, f"hold {value}", f"at call {at}", "finite")
     assert f"{len(decoder.trace.tokens_so_far)} new tokens" in str(error)
     assert isinstance(error, FloatingPointError)
     assert error.partial == decoder.trace.tokens_so_far
@@ -143,7 +149,9 @@ def test_logits_that_are_not_finite(make: Make, at: int, value: float) -> None:
 
 def test_logits_of_a_drafter_that_are_not_finite(zoo: Zoo) -> None:
     decoder = SpecTr(poisoned(4), num_drafts=1, draft_len=3)
-    error = refusal(NonFiniteError, lambda: generate(zoo("llama", "sdpa"), prompt(6), decoder), "draft model", "nan")
+    error = assert_refused(
+        NonFiniteError, lambda: generate(zoo("llama", "sdpa"), prompt(6), decoder), "draft model", "nan"
+    )
     assert error.partial == decoder.trace.tokens_so_far != []
 
 
@@ -209,14 +217,16 @@ def test_a_state_that_another_call_uses(zoo: Zoo) -> None:
 
 def test_a_state_of_another_vocabulary(zoo: Zoo) -> None:
     work = lambda: generate(zoo("llama", "sdpa"), prompt(6), TokenRecycling(AdjacencyMatrix(32)))  # noqa: E731
-    refusal(LimitError, work, "state.vocab_size = 32", "64")
+    assert_refused(LimitError, work, "state.vocab_size = 32", "64")
 
 
 def test_a_drafter_of_another_vocabulary(zoo: Zoo) -> None:
     decoder = SpecTr(tiny("llama", vocab=48, layers=1))
-    refusal(LimitError, lambda: generate(zoo("llama", "sdpa"), prompt(6), decoder), "48", "64", "vocab_size")
+    assert_refused(LimitError, lambda: generate(zoo("llama", "sdpa"), prompt(6), decoder), "48", "64", "vocab_size")
     decoder = SpecTr(tiny("llama", vocab=48, layers=1), vocab_size=50)
-    refusal(LimitError, lambda: generate(zoo("llama", "sdpa"), prompt(6), decoder), "vocab_size = 50", "at most 48")
+    assert_refused(
+        LimitError, lambda: generate(zoo("llama", "sdpa"), prompt(6), decoder), "vocab_size = 50", "at most 48"
+    )
 
 
 @pytest.mark.parametrize(
@@ -238,4 +248,4 @@ def test_a_drafter_of_another_vocabulary(zoo: Zoo) -> None:
     ],
 )
 def test_settings_outside_their_limits(work: Callable[[], Any], words: tuple[str, ...]) -> None:
-    refusal(LimitError, work, *words)
+    assert_refused(LimitError, work, *words)

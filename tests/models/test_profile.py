@@ -110,3 +110,9 @@ def test_a_damaged_file_is_measured_again(tmp_path: Path) -> None:
 def test_bad_numbers_are_refused_by_name(given: dict[str, object], words: str) -> None:
     with pytest.raises(LimitError, match=words):
         models.profile(models.tiny("llama"), **given)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_model_with_few_positions_is_measured_as_far_as_they_go() -> None:
+    model = models.tiny("llama")
+    model.config.max_position_embeddings = 40
+    assert models.profile(model, repeats=1).positions == (1, 2, 4, 8, 16)

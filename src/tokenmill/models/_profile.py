@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 POSITIONS = (1, 2, 4, 8, 16, 32, 64, 128)
+CONTEXT = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +63,8 @@ class CostProfile:
 def profile(
     model: PreTrainedModel,
     *,
-    positions: Sequence[int] = POSITIONS,
-    context: int = 256,
+    positions: Sequence[int] | None = None,
+    context: int | None = None,
     repeats: int = 7,
     refresh: bool = False,
 ) -> CostProfile:
@@ -74,21 +75,25 @@ def profile(
 
     Args:
         model: a causal language model.
-        positions: the numbers of new positions, rising.
-        context: tokens that are in the key-value cache before.
+        positions: the numbers of new positions, rising; ``None`` takes 1 to 128 in doublings, as far as they fit
+            into half the model's positions.
+        context: tokens that are in the key-value cache before; ``None`` takes 256, or what the model leaves room for.
         repeats: passes for each number.
         refresh: measure even when the cache has an answer.
 
     Raises:
         LimitError: bad numbers, or more positions than the model has.
     """
-    wanted = tuple(positions)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    room = max(longest // 2, 1) if longest else POSITIONS[-1] + CONTEXT
+    wanted = tuple(n for n in POSITIONS if n <= room) if positions is None else tuple(positions)
+    if context is None:
+        context = min(CONTEXT, longest - wanted[-1]) if longest and wanted else CONTEXT
     if not wanted or wanted[0] < 1 or list(wanted) != sorted(set(wanted)):
         raise LimitError("models.profile", "positions", wanted, "rising numbers of at least 1")
     for parameter, value in (("context", context), ("repeats", repeats)):
         if value < 1:
             raise LimitError("models.profile", parameter, value, "at least 1")
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and context + wanted[-1] > longest:
         limit = f"at most {longest - wanted[-1]}, so that {wanted[-1]} more fit into the model's {longest} positions"
         raise LimitError("models.profile", "context", context, limit)
