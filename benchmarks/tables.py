@@ -158,7 +158,8 @@ def pair() -> str:
     return table(["model", "weights", "steps", "training", "held-out bits per byte"], rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {f.__name__: f for f in (speed, short, profile, accepted, exactness, spectr, pair)}
+_ALL = (speed, short, profile, accepted, exactness, spectr, pair)
+TABLES: dict[str, Callable[[], str]] = {one.__name__: one for one in _ALL}
 
 
 def main() -> int:

@@ -77,7 +77,7 @@ class Stage:
 
     Attributes:
         run: uses the method once and gives the tensors that come out; for None, those of the untouched model or of
-            the neutral setting.
+            the neutral setting (a kind without either raises `DoesNotApply`).
         inputs: tensors that go in, by name.
         model: the model that it runs on, or None.
         error_at: the forward pass in which the law about exceptions raises.
