@@ -13,11 +13,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported, so set
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tokenmill import models
 
 torch.set_num_threads(1)
+settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, max_examples=40)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")

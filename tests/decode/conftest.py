@@ -1,4 +1,4 @@
-"""Settings of property-based tests, and the tiny models that tests of decoders share."""
+"""The tiny models that tests of decoders share."""
 
 from __future__ import annotations
 
@@ -7,12 +7,8 @@ from functools import cache
 from typing import Any
 
 import pytest
-from hypothesis import settings
 
 from tokenmill.models import tiny
-
-settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, max_examples=40)
-settings.load_profile("repeatable")
 
 Zoo = Callable[[str, str], Any]
 
