@@ -233,3 +233,15 @@ def test_the_matrix_is_as_wide_as_the_output_layer() -> None:
     assert vocabulary(model) == 20
     model.resize_token_embeddings(23)
     assert AdjacencyMatrix.for_model(model, 3).table.shape == (23, 3)
+
+
+@pytest.mark.parametrize("broken", ["count", "shares"])
+def test_a_file_whose_parts_do_not_fit_together_is_refused(tmp_path: Path, broken: str) -> None:
+    path = tmp_path / "matrix.safetensors"
+    AdjacencyMatrix(16, 4).save(path)
+    with safetensors.safe_open(path, framework="pt") as file:
+        about, parts = file.metadata(), {name: file.get_tensor(name) for name in ("table", "count", "shares")}
+    parts[broken] = parts[broken] + 5 if broken == "count" else parts[broken][:, :2].contiguous()
+    safetensors.torch.save_file(parts, path, metadata=about)
+    with pytest.raises(LimitError, match="a whole matrix"):
+        AdjacencyMatrix.load(path)

@@ -249,3 +249,13 @@ def test_a_drafter_of_another_vocabulary(zoo: Zoo) -> None:
 )
 def test_settings_outside_their_limits(work: Callable[[], Any], words: tuple[str, ...]) -> None:
     assert_refused(LimitError, work, *words)
+
+
+def test_a_streamer_ends_when_the_call_is_refused(zoo: Zoo) -> None:
+    """A consumer that waits in another thread must not wait for ever."""
+    decoders = (SpecTr(tiny("llama", vocab=48, layers=1)), TokenRecycling(AdjacencyMatrix(32)))
+    for decoder in decoders:
+        listener = Listener()
+        with pytest.raises(LimitError):
+            generate(zoo("llama", "sdpa"), prompt(6), decoder, token_streamer=listener)
+        assert listener.ends == 1

@@ -230,3 +230,13 @@ def test_statistics_learn_how_long_a_chain_holds() -> None:
 
 def test_agreement_of_a_chain_with_a_row() -> None:
     assert [agreement(rank, K) for rank in range(K + 1)] == [0, 1, 1, 1, 2]
+
+
+def test_a_chain_behind_a_long_match_is_followed_to_its_end() -> None:
+    """An empty matrix knows nothing, so what is offered is the chain, node under node."""
+    chain = np.array([5, 9, 2, 7, 1])
+    rows = AdjacencyMatrix(16, 4).rows
+    plan = candidates(rows, Statistics(4), root=3, chain=chain, matched=LONGEST_MATCH, depth_limit=9)
+    assert plan.tokens.tolist() == [3, *chain.tolist()]
+    assert plan.parent.tolist() == [-1, 0, 1, 2, 3, 4]
+    assert candidates(rows, Statistics(4), 3, chain, LONGEST_MATCH, depth_limit=2).tokens.tolist() == [3, 5, 9]

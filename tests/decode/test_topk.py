@@ -10,7 +10,7 @@ from tokenmill.decode._topk import BLOCK, SMALL, top_tokens
 WIDE = SMALL + 3 * BLOCK + 57  # two stages, and a last block that is not full
 
 
-def expect_stable_sort(logits: torch.Tensor, k: int) -> None:
+def assert_stable_sort(logits: torch.Tensor, k: int) -> None:
     values, tokens = top_tokens(logits, k)
     sorted_values, sorted_tokens = logits.sort(dim=1, descending=True, stable=True)
     assert torch.equal(values, sorted_values[:, :k])
@@ -29,7 +29,7 @@ def test_equals_a_stable_descending_sort(v: int, k: int, dtype: torch.dtype, dis
     """``distinct`` values over the whole row: few of them mean ties within blocks and between blocks."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randint(0, distinct, (3, v), generator=generator).to(dtype)
-    expect_stable_sort(logits, min(k, v))
+    assert_stable_sort(logits, min(k, v))
 
 
 def test_of_equal_logits_the_lowest_token_comes_first() -> None:
