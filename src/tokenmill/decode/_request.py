@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,21 +40,25 @@ class DecodeTrace(Trace):
         return sum(self.steps) / len(self.steps) if self.steps else 0.0
 
 
-class Run:
+TraceT = TypeVar("TraceT", bound=Trace)
+
+
+class Run(Generic[TraceT]):
     """The one thing that changes on a decoder: the trace of its last call, and whether a call is under way."""
 
-    def __init__(self) -> None:
-        self.trace = DecodeTrace()
+    def __init__(self, make: Callable[[], TraceT] = DecodeTrace) -> None:
+        self._make = make
+        self.trace = make()
         self._busy = threading.Lock()
 
     @contextmanager
-    def started(self, where: str) -> Generator[DecodeTrace, None, None]:
+    def started(self, where: str) -> Generator[TraceT, None, None]:
         if not self._busy.acquire(blocking=False):
             raise StoppedError(
                 f"{where}: a call of this object is under way. Make one object for each concurrent call."
             )
         try:
-            self.trace = DecodeTrace()
+            self.trace = self._make()
             yield self.trace
         finally:
             self._busy.release()

@@ -119,7 +119,7 @@ class SpecTr:
     layout: Literal["tree", "batch"] = "tree"
     vocab_size: int | None = None
     seed: int | None = None
-    _run: Run = field(default_factory=Run, init=False, compare=False, repr=False)
+    _run: Run[DecodeTrace] = field(default_factory=Run, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("num_drafts", "draft_len", "vocab_size"):

@@ -128,7 +128,7 @@ class TokenRecycling:
     warm_up_from_prompt: bool = False
     profile: CostProfile | None = None
     seed: int | None = None
-    _run: Run = field(default_factory=Run, init=False, compare=False, repr=False)
+    _run: Run[DecodeTrace] = field(default_factory=Run, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         where = "TokenRecycling"

@@ -29,6 +29,7 @@ __getattr__, __dir__ = lazy(
         "record_past": "cache",
         "recording": "cache",
         "last_hidden": "hidden",
+        "as_form": "masks",
         "layer_kinds": "masks",
         "mask_form": "masks",
         "tree_masks": "masks",

@@ -84,9 +84,12 @@ def tree_masks(
             mask = full & near
         columns, offset = cache.get_mask_sizes(n, kinds.index(kind))
         mask = mask[:, offset : offset + columns][None, None]
-        masks[kind] = mask if form == "bool" else _additive(mask, model.dtype)
+        masks[kind] = as_form(mask, form, model.dtype)
     return masks if len(masks) > 1 else next(iter(masks.values()))
 
 
-def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+def as_form(mask: Tensor, form: str, dtype: torch.dtype) -> Tensor:
+    """A mask that is true where visible, in the form (see `mask_form`) that the attention takes."""
+    if form == "bool":
+        return mask
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
