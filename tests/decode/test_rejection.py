@@ -3,7 +3,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
-from itertools import chain, combinations, permutations
+from itertools import chain, combinations, pairwise, permutations
 from typing import Any
 
 import numpy as np
@@ -413,7 +413,7 @@ def test_ranked_walks_go_down_in_probability(tokens: int, seed: int, equal: bool
     while (candidate := walk.propose()) is not None:
         seen.append(candidate.token)
     assert sorted(seen) == [t for t in range(tokens) if masses[t] > 0]
-    assert all(masses[a] >= masses[b] for a, b in zip(seen, seen[1:], strict=False))
+    assert all(masses[a] >= masses[b] for a, b in pairwise(seen))
     only = seen[-1] if seen else 0
     step = first_valid(Ranked(masses, 0.0), only.__eq__)
     assert step == (Step(only, 0.0, len(seen)) if seen else Step(-1, -math.inf, 0))
