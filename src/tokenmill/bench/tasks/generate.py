@@ -6,18 +6,16 @@ compare. Greedy runs are compared with plain's output token for token; sampled o
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 from tokenmill import catalog, settings
 from tokenmill.bench.task import Item, MethodSpec, Metric, Outcome, Scalar
+from tokenmill.bench.texts import Source, sources
 from tokenmill.errors import LimitError, UnsupportedError, unknown_name
 
 
@@ -225,23 +223,8 @@ class Task:
         return model, tokenizer
 
     @cached_property
-    def _sources(self) -> dict[str, _Source]:
-        path = Path(self.options.data)
-        if path.suffix in (".jsonl", ".json", ".ndjson"):
-            return _from_file(path, self.options.limit)
-        from tokenmill import corpora
-
-        found: dict[str, _Source] = {}
-        for name in self.options.data.split(","):
-            corpus = corpora.load(name.strip())
-            for record in corpus.records:
-                source = found.setdefault(record.kind, _Source(corpus.name, corpus.sha256, "test", {}))
-                if source.name != corpus.name:
-                    raise UnsupportedError("bench generate", f"{corpus.name} and {source.name} both hold {record.kind}")
-            for split in ("train", "test"):
-                for record in corpus.split(split):
-                    found[record.kind].texts.setdefault(split, {})[record.id] = record.text
-        return found
+    def _sources(self) -> dict[str, Source]:
+        return sources("bench generate", self.options.data, self.options.limit)
 
     def _take(self, kind: str, split: str, n: int) -> list[Item]:
         """`n` prompts: a stretch of each text that starts at a random line, long enough in tokens."""
@@ -264,31 +247,3 @@ class Task:
         part = "".join(lines[start:])[: 24 * length]  # no tokenizer makes tokens longer than this on average
         ids = self.tokenizer(part)["input_ids"][:length]
         return Item(f"{name}:{start + 1}", kind, ids) if len(ids) == length else None
-
-
-@dataclass(frozen=True, slots=True)
-class _Source:
-    name: str
-    sha256: str
-    split: str
-    texts: dict[str, dict[str, str]]
-
-
-def _from_file(path: Path, limit: int) -> dict[str, _Source]:
-    """Texts of a file of JSON lines, by kind: the first `limit` of each are measured, the others may warm."""
-    if not path.is_file():
-        raise LimitError("bench generate", "data", str(path), "a file of JSON lines, or names of corpora")
-    raw = path.read_bytes()
-    digest = hashlib.sha256(raw).hexdigest()
-    found: dict[str, _Source] = {}
-    for number, line in enumerate(raw.decode("utf-8").splitlines(), start=1):
-        try:
-            record = json.loads(line)
-            text = record["text"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise LimitError(f"{path}:{number}", "line", line[:60], 'a JSON object with "text"') from error
-        kind = str(record.get("kind", "text"))
-        source = found.setdefault(kind, _Source(path.name, digest, "all", {"test": {}, "train": {}}))
-        split = "test" if len(source.texts["test"]) < limit else "train"
-        source.texts[split][str(record.get("id", number))] = str(text)
-    return found
