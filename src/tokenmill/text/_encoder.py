@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from tokenizers import Tokenizer
 
 _HEAD = '"added_tokens":'
 
 
-def plain_tokenizer(text: str, specials: Mapping[str, int], *, rename: bool) -> tuple[Tokenizer, dict[int, int]]:
+def plain_tokenizer(
+    text: str, specials: Mapping[str, int], *, rename: bool, prefix: bool = True
+) -> tuple[Tokenizer, dict[int, int]]:
     """A copy of a tokenizer that reads every text as text.
 
     Special tokens leave the added tokens, truncation and padding are switched off. Added tokens beyond the model's
@@ -21,6 +24,7 @@ def plain_tokenizer(text: str, specials: Mapping[str, int], *, rename: bool) -> 
         specials: content -> id of what must not be found in a text.
         rename: the special tokens stand in the model's vocabulary where the model could find them; they get names
             that no text has.
+        prefix: keep the step that puts a space before the text, if there is one.
 
     Returns:
         The copy, and its ids -> the tokenizer's ids where they differ.
@@ -29,6 +33,7 @@ def plain_tokenizer(text: str, specials: Mapping[str, int], *, rename: bool) -> 
     added, end = json.JSONDecoder().raw_decode(text, start)
     kept = [a for a in added if a["content"] not in specials]
     body = _renamed(text[end:], specials) if rename else text[end:]
+    body = body if prefix else _unprefixed(body)
     head = '{"version":"1.0","truncation":null,"padding":null,' + _HEAD
     copy = Tokenizer.from_str(head + json.dumps(kept) + body)
     moved = {copy.token_to_id(a["content"]): a["id"] for a in kept}
@@ -57,3 +62,21 @@ def _renamed(body: str, specials: Mapping[str, int]) -> str:
         model["unk_token"] = names[model["unk_token"]]
     data.pop("post_processor")
     return "," + json.dumps(data)[1:]
+
+
+def _unprefixed(body: str) -> str:
+    data = json.loads("{" + body.lstrip(", \n"))
+    for name in ("normalizer", "pre_tokenizer"):
+        data[name] = _without_prefix(data[name])
+    return "," + json.dumps(data)[1:]
+
+
+def _without_prefix(step: dict[str, Any] | None) -> dict[str, Any] | None:
+    if step is None or step["type"] == "Prepend":
+        return None
+    if step["type"] == "Sequence":
+        name = "normalizers" if "normalizers" in step else "pretokenizers"
+        return step | {name: [s for s in map(_without_prefix, step[name]) if s is not None]}
+    if step["type"] == "Metaspace":
+        return step | {"prepend_scheme": "never"}
+    return step | {"add_prefix_space": False} if step["type"] == "ByteLevel" else step

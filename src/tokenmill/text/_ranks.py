@@ -15,7 +15,7 @@ class RankEncoder:
     """Encode bytes by ranks: cut by a pattern, take a piece that is a token whole, else merge from single bytes."""
 
     def __init__(self, ranks: Mapping[bytes, int], pattern: str | None) -> None:
-        self.ranks = dict(ranks)
+        self.ranks, self.pattern = dict(ranks), pattern
         self._cut = _compiled(pattern)
         self.piece = lru_cache(maxsize=1 << 16)(self._piece)
 

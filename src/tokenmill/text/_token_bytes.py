@@ -46,6 +46,7 @@ class TokenBytes:
         self.max_length = int(self.lengths.max(initial=0))
         self._make_encoder = encoder
         self.json: str | None = None
+        self.rename = False
         self.ranks: RankEncoder | None = None
 
     @classmethod
@@ -180,7 +181,7 @@ def _read(tokenizer: Any) -> TokenBytes:
         return text_encoder(*plain_tokenizer(text, specials, rename=rename))
 
     found = TokenBytes(tokens, specials, "; ".join(structure.changes), encoder)
-    found.json = text
+    found.json, found.rename = text, rename
     return found
 
 

@@ -1,0 +1,223 @@
+"""Which engine says what tokens are valid: by pairs where text is not cut first, by encoding again elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from tokenmill.errors import UnsupportedError
+from tokenmill.text._added import AddedTokens
+from tokenmill.text._encoder import plain_tokenizer, text_encoder
+from tokenmill.text._merges import Merges, Pairs, first_symbols
+from tokenmill.text._pieces import WHERE, Pieces
+from tokenmill.text._ranks import RankEncoder, merge_bytes
+from tokenmill.text._structure import (
+    BLANKS_DROPPED,
+    DUMMY_PREFIX,
+    Structure,
+    byte_level_alphabet,
+    parts,
+    read_structure,
+    vocabulary,
+)
+from tokenmill.text._token_bytes import TokenBytes
+from tokenmill.text._unsplit import Unsplit, Vocabulary
+from tokenmill.text._utf8 import Spelled
+
+_LETTERS = {byte: letter for letter, byte in byte_level_alphabet().items()}
+_HARMLESS = ("NFC", DUMMY_PREFIX)
+
+
+def engine_of(token_bytes: TokenBytes) -> tuple[Unsplit | Pieces, bool]:
+    """The engine of a vocabulary, and whether its texts must begin with a space.
+
+    Raises:
+        UnsupportedError: no encoder, or one that changes text so that bytes cannot be given back.
+    """
+    if token_bytes.ranks is not None:
+        return _of_ranks(token_bytes, token_bytes.ranks), False
+    if token_bytes.json is None:
+        mend = "Build it with TokenBytes.of(tokenizer) or from_ranks."
+        raise UnsupportedError(WHERE, "a bare vocabulary has no encoder", mend)
+    structure = read_structure(token_bytes.json)
+    _check_changes(structure)
+    copy, moved = plain_tokenizer(
+        token_bytes.json, token_bytes.specials, rename=token_bytes.rename, prefix=not structure.dummy_prefix
+    )
+    if _is_unsplit(structure):
+        made = _unsplit(token_bytes, structure, copy, text_encoder(copy, moved))
+        if made is not None:
+            return made, structure.dummy_prefix
+    byte_ids = _byte_ids(structure) if structure.byte_fallback else {} if structure.kind == "byte-level" else None
+    possible = token_bytes.lengths > 0
+    cutter = _TokenizerCutter(copy, moved, token_bytes)
+    return Pieces(token_bytes.tokens, token_bytes.trie, cutter, byte_ids, possible), structure.dummy_prefix
+
+
+def _check_changes(structure: Structure) -> None:
+    lossy = [c for c in structure.changes if c not in _HARMLESS and not c.startswith("reads ")]
+    if structure.kind == "wordpiece" and BLANKS_DROPPED not in lossy:
+        lossy.append("joins words without blanks")
+    if lossy:
+        mend = "Give it a tokenizer without that step, with the text changed before."
+        raise UnsupportedError(WHERE, f"this tokenizer {', '.join(lossy)}: bytes cannot be exact", mend)
+    some = [a["content"] for a in structure.data["added_tokens"] if not a["special"]]
+    first = any(s["type"] == "Metaspace" and s.get("prepend_scheme") == "first" for s in _steps(structure))
+    if structure.dummy_prefix and some and not first:
+        what = f"this tokenizer puts a space behind each added token such as {some[0]!r} as well"
+        raise UnsupportedError(WHERE, what, "Set its prepend_scheme to 'first', or make these tokens special.")
+
+
+def _steps(structure: Structure) -> list[Mapping]:
+    return [*parts(structure.data["normalizer"]), *parts(structure.data["pre_tokenizer"])]
+
+
+def _is_unsplit(structure: Structure) -> bool:
+    """Whether BPE sees everything between added tokens in one go."""
+    model = structure.data["model"]
+    if model["type"] != "BPE" or model.get("ignore_merges"):
+        return False
+    if any(a["lstrip"] or a["rstrip"] or a["single_word"] for a in structure.data["added_tokens"] if not a["special"]):
+        return False
+    return all(_cuts_nothing(step, structure) for step in _steps(structure))
+
+
+def _cuts_nothing(step: Mapping, structure: Structure) -> bool:
+    kind = step["type"]
+    if kind == "Split":  # behind a normalizer that has replaced all spaces
+        replaced = any(s["type"] == "Replace" for s in parts(structure.data["normalizer"]))
+        return replaced and step["pattern"] == {"String": " "} and " " not in structure.space
+    if kind == "Metaspace":
+        return not step.get("split", True)
+    if kind == "ByteLevel":
+        return not step.get("use_regex", True)
+    return kind in ("Replace", "Prepend")
+
+
+def _byte_ids(structure: Structure) -> dict[int, int]:
+    vocab = vocabulary(structure)
+    return {b: vocab[name] for b in range(256) if (name := f"<0x{b:02X}>") in vocab}
+
+
+def _unsplit(
+    token_bytes: TokenBytes, structure: Structure, copy: Tokenizer, encode: Callable[[str], list[int]]
+) -> Unsplit | None:
+    """The pair engine, or None where byte tokens are not what it takes them for."""
+    model, trie = structure.data["model"], token_bytes.trie
+    byte_ids = _byte_ids(structure) if structure.byte_fallback else {}
+    names = {f"<0x{b:02X}>" for b in byte_ids}
+    if byte_ids and (len(byte_ids) < 256 or any(not names.isdisjoint((a, b, a + b)) for a, b in model["merges"])):
+        return None
+    vocab = {piece: i for piece, i in model["vocab"].items() if piece not in token_bytes.specials}
+    merges = Merges.from_model(len(token_bytes), model["vocab"], model["merges"])
+    pairs, table = _simulate(merges, vocab)
+    known = table >= 0
+    if structure.space:
+        known[0x20] = known[ord(structure.space)]
+    raw, normal = _added(structure, token_bytes)
+    spelled = Spelled(known) if byte_ids else None
+    added = frozenset(raw.values()) | frozenset(normal.values())
+
+    def partial(data: bytes) -> list[int]:
+        ids, rest = _before_last_section(token_bytes, encode, data, added)
+        return ids + [t.id for t in copy.model.tokenize("".join(_LETTERS[b] for b in rest))]
+
+    return Unsplit(
+        Vocabulary(
+            token_bytes.tokens,
+            trie,
+            pairs,
+            AddedTokens(raw, trie),
+            AddedTokens(normal, trie),
+            byte_ids,
+            spelled,
+            encode,
+            partial if structure.kind == "byte-level" else None,
+        )
+    )
+
+
+def _simulate(merges: Merges, vocab: Mapping[str, int]) -> tuple[Pairs, np.ndarray]:
+    table = np.full(0x110000, -1, dtype=np.int32)
+    for piece, i in vocab.items():
+        if len(piece) == 1:
+            table[ord(piece)] = i
+    symbols = first_symbols(list(vocab), table)
+    ids = np.fromiter(vocab.values(), dtype=np.int64, count=len(vocab))
+    spelt = [k for k, s in enumerate(symbols) if s.size and s.min() >= 0]
+    return Pairs(merges, [symbols[k] for k in spelt], ids[spelt]), table
+
+
+def _added(structure: Structure, token_bytes: TokenBytes) -> tuple[dict[bytes, int], dict[bytes, int]]:
+    found: tuple[dict[bytes, int], dict[bytes, int]] = ({}, {})
+    for a in structure.data["added_tokens"]:
+        token = token_bytes[a["id"]]
+        if token and a["content"] not in token_bytes.specials:
+            found[a["normalized"]][token] = a["id"]
+    return found
+
+
+def _before_last_section(
+    token_bytes: TokenBytes, encode: Callable[[str], list[int]], data: bytes, added: frozenset[int]
+) -> tuple[list[int], bytes]:
+    """The tokens up to the last added token, and the bytes behind it."""
+    text = data.decode(errors="ignore")
+    ids = encode(text)
+    k = next((k for k in range(len(ids), 0, -1) if ids[k - 1] in added), 0)
+    return ids[:k], data[len(token_bytes.join(ids[:k])) :]
+
+
+class _TokenizerCutter:
+    """Pieces of a `tokenizers.Tokenizer`."""
+
+    def __init__(self, copy: Tokenizer, moved: Mapping[int, int], token_bytes: TokenBytes) -> None:
+        self._copy, self._moved, self._bytes = copy, moved, token_bytes
+
+    def batch(self, texts: Sequence[str]) -> list[list[int]]:
+        found = [e.ids for e in self._copy.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [[self._moved.get(i, i) for i in ids] for ids in found] if self._moved else found
+
+    def cut(self, text: str) -> list[tuple[bytes, tuple[int, ...]]]:
+        encoding = self._copy.encode(text, add_special_tokens=False)
+        pieces: list[list[int]] = []
+        before = None
+        for i, word in zip(encoding.ids, encoding.word_ids, strict=True):
+            if word != before or not pieces:
+                pieces.append([])
+            before = word
+            pieces[-1].append(self._moved.get(i, i))
+        return [(self._bytes.join(ids), tuple(ids)) for ids in pieces]
+
+    def piece(self, data: bytes) -> tuple[int, ...]:
+        return tuple(t.id for t in self._copy.model.tokenize("".join(_LETTERS[b] for b in data)))
+
+
+class _RankCutter:
+    """Pieces of merge ranks."""
+
+    def __init__(self, encoder: RankEncoder) -> None:
+        self._encoder, self.piece = encoder, encoder.piece
+
+    def batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self._encoder(text) for text in texts]
+
+    def cut(self, text: str) -> list[tuple[bytes, tuple[int, ...]]]:
+        return [(p.encode(), self.piece(p.encode())) for p in self._encoder.pieces(text)]
+
+
+def _of_ranks(token_bytes: TokenBytes, encoder: RankEncoder) -> Unsplit | Pieces:
+    tokens, trie = token_bytes.tokens, token_bytes.trie
+    if encoder.pattern is None:
+        # Latin-1 letters stand for the bytes, so that both kinds of vocabulary are simulated alike.
+        vocab = {token.decode("latin-1"): i for token, i in encoder.ranks.items()}
+        pairs, _ = _simulate(Merges.from_ranks(len(tokens), encoder.ranks), vocab)
+        if pairs.reachable[list(encoder.ranks.values())].all():
+            none = AddedTokens({}, trie)
+
+            def partial(data: bytes) -> list[int]:
+                return list(merge_bytes(encoder.ranks, data))
+
+            return Unsplit(Vocabulary(tokens, trie, pairs, none, none, {}, None, encoder, partial))
+    return Pieces(tokens, trie, _RankCutter(encoder), {}, token_bytes.lengths > 0)

@@ -1,0 +1,207 @@
+"""BPE over text that no pre-tokenizer cuts (Gemma, Llama 2, Mistral): validity by pairs of tokens.
+
+What may follow depends on the last token alone, save for added tokens, which are cut out of the text first, and for
+byte tokens, which come only as complete spellings of characters that the vocabulary lacks.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenmill.text._added import AddedTokens
+from tokenmill.text._byte_trie import ByteTrie
+from tokenmill.text._merges import Pairs
+from tokenmill.text._utf8 import Continuations, Spelled, no_fallback, split, state_after
+
+Bools = NDArray[np.bool_]
+WHERE = "ByteTokenizerView"
+KEPT = 4096
+"""Masks that are remembered, of V / 8 bytes each."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What the engine knows of a tokenizer.
+
+    Attributes:
+        tokens: id -> bytes or None.
+        trie: of these tokens.
+        pairs: the simulated merges.
+        raw, normal: added tokens, found in the raw and in the normalised text.
+        byte_ids: byte -> its byte token, {} when the vocabulary has single bytes as ordinary symbols.
+        spelled: the characters that byte tokens spell; None without byte tokens.
+        encode: text -> ids.
+        partial: bytes that end inside a character -> ids, where single bytes are ordinary symbols; else None.
+    """
+
+    tokens: Sequence[bytes | None]
+    trie: ByteTrie
+    pairs: Pairs
+    raw: AddedTokens
+    normal: AddedTokens
+    byte_ids: Mapping[int, int]
+    spelled: Spelled | None
+    encode: Callable[[str], list[int]]
+    partial: Callable[[bytes], list[int]] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """All that the end of a token sequence says about what may follow; equal tails allow equal tokens.
+
+    Attributes:
+        last: the last token when merges could reach across it, else -1.
+        partial: bytes of an unfinished character at the end.
+        raw, normal: beginnings of added tokens at the end, see `AddedTokens.pending`.
+    """
+
+    last: int
+    partial: bytes
+    raw: tuple[bytes, ...]
+    normal: tuple[bytes, ...]
+
+
+class Unsplit:
+    """The engine. Equal tails share one mask, kept as bits."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        v = self.vocabulary = vocabulary
+        self._byte_of = {i: byte for byte, i in v.byte_ids.items()}
+        self._added = v.raw.ids | v.normal.ids
+        size = len(v.tokens)
+        self._plain = v.pairs.reachable & ~v.raw.inside() & ~v.normal.inside()  # (V,) what BPE itself makes
+        self._plain[[i for i, token in enumerate(v.tokens) if not token]] = False
+        self._plain[[*self._byte_of, *self._added]] = False
+        self._cut = _mask(size, self._added)  # (V,)
+        self._raw = _mask(size, v.raw.ids)  # (V,)
+        self._continuations = Continuations(v.trie)
+        self._masks: OrderedDict[Tail, NDArray[np.uint8]] = OrderedDict()
+
+    def encode(self, text: str, rest: bytes) -> list[int]:
+        """The canonical tokens of a text, then those of `rest`, the beginning of a character."""
+        v = self.vocabulary
+        if not rest:
+            return v.encode(text)
+        if v.byte_ids:
+            return v.encode(text) + [v.byte_ids[b] for b in rest]
+        if v.partial is None:
+            raise no_fallback(rest)
+        return v.partial(text.encode() + rest)
+
+    def completable(self, ids: Sequence[int]) -> bool:
+        """Whether byte tokens at the end can still spell a character that the vocabulary lacks."""
+        partial, spelled = self._partial(ids), self.vocabulary.spelled
+        return not partial or spelled is None or spelled.starts(partial)
+
+    def valid_next(self, ids: Sequence[int]) -> Bools:
+        """(V,) bool: the tokens that may follow canonical `ids`."""
+        tail = self.tail(ids)
+        bits = self._masks.get(tail)
+        if bits is None:
+            bits = self._masks[tail] = np.packbits(self._mask(tail))
+            if len(self._masks) > KEPT:
+                self._masks.popitem(last=False)
+        else:
+            self._masks.move_to_end(tail)
+        return np.unpackbits(bits, count=len(self.vocabulary.tokens)).view(np.bool_)
+
+    def extend(self, ids: Sequence[int], data: bytes) -> list[int] | None:
+        """Canonical tokens of the text of `ids` and of `data` behind it, or None where the whole must be encoded.
+
+        Only the last tokens are encoded again. That is right when the first new token may follow what is kept, since
+        a sequence in which every token may follow is the canonical one.
+        """
+        v, back = self.vocabulary, 8
+        while back < len(ids):
+            cut = len(ids) - back
+            while cut and 0x80 <= (v.tokens[ids[cut]] or b"\0")[0] < 0xC0:
+                cut -= 1  # not inside a character
+            again = b"".join(v.tokens[i] or b"" for i in ids[cut:]) + data
+            new = self.encode(*split(WHERE, again))
+            if cut and b"".join(v.tokens[i] or b"" for i in new) == again and self._joins(ids[:cut], new):
+                return [*ids[:cut], *new]
+            back *= 4
+        return None
+
+    def _joins(self, ids: Sequence[int], new: Sequence[int]) -> bool:
+        """Whether canonical `new` may stand behind canonical `ids`."""
+        v = self.vocabulary
+        reach = max(v.raw.longest, v.normal.longest)
+        last = [*ids[-max(reach, 1) :]]
+        if new and self._plain[last[-1]] and self._plain[new[0]] and not v.pairs.fits(last[-1], new[0]):
+            return False
+        for token in new:
+            if reach <= 0:
+                break
+            tail = self.tail(last)
+            if any(token in v.raw.blocked(end) for end in tail.raw):
+                return False
+            if token not in v.raw.ids and any(token in v.normal.blocked(end) for end in tail.normal):
+                return False
+            last.append(token)
+            reach -= len(v.tokens[token] or b"")
+        return True
+
+    def tail(self, ids: Sequence[int]) -> Tail:
+        """What the last tokens say; looks no further back than the longest added token."""
+        v = self.vocabulary
+        partial = self._partial(ids)
+        window: list[int] = []
+        need = max(v.raw.longest, v.normal.longest) - 1
+        for i in reversed(ids):
+            if need <= 0:
+                break
+            window.append(i)
+            need -= len(v.tokens[i] or b"")
+        window.reverse()
+        raw = v.raw.pending([v.tokens[i] or b"" for i in window], [i in v.raw.ids for i in window])
+        section = next((k for k in range(len(window), 0, -1) if window[k - 1] in v.raw.ids), 0)
+        inside = window[section:]
+        normal = v.normal.pending([v.tokens[i] or b"" for i in inside], [i in v.normal.ids for i in inside])
+        last = ids[-1] if ids else -1
+        merges = last >= 0 and bool(self._plain[last])
+        return Tail(last if merges else -1, partial, raw, normal)
+
+    def _partial(self, ids: Sequence[int]) -> bytes:
+        """The bytes of an unfinished character at the end of the text."""
+        end, k = b"", len(ids)
+        while k and len(end) < 3:
+            k -= 1
+            if self._byte_of and ids[k] not in self._byte_of:
+                break
+            end = (self.vocabulary.tokens[ids[k]] or b"") + end
+        start = next((k for k in range(1, min(len(end), 3) + 1) if end[-k] >= 0xC0), 0)
+        return end[-start:] if start and state_after(end[-start:]) else b""
+
+    def _mask(self, tail: Tail) -> Bools:
+        v = self.vocabulary
+        if tail.partial and v.spelled is not None:
+            mask = np.zeros(len(v.tokens), dtype=bool)
+            allowed = [i for b, i in v.byte_ids.items() if v.spelled.starts(tail.partial + bytes([b]))]
+            mask[allowed] = True
+        else:
+            mask = self._plain.copy()
+            if tail.last >= 0:
+                mask[v.pairs.clashing(tail.last)] = False  # no two plain tokens that a merge would join
+            if v.spelled is not None:
+                mask[[i for b, i in v.byte_ids.items() if v.spelled.starts(bytes([b]))]] = True
+            mask |= self._cut
+            if not v.byte_ids:
+                mask &= self._continuations.after(state_after(tail.partial))
+        for end in tail.normal:
+            blocked = v.normal.blocked(end)
+            mask[blocked[~self._raw[blocked]]] = False
+        for end in tail.raw:
+            mask[v.raw.blocked(end)] = False
+        return mask
+
+
+def _mask(size: int, ids: frozenset[int] | NDArray[np.int64]) -> Bools:
+    mask = np.zeros(size, dtype=bool)
+    mask[list(ids) if isinstance(ids, frozenset) else ids] = True
+    return mask
