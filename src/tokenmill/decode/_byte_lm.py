@@ -13,7 +13,8 @@ from torch import Tensor
 from tokenmill.decode._adjacency import vocabulary
 from tokenmill.decode._byte_text import ByteState, ByteText, check_sampling, generate_bytes, mix
 from tokenmill.decode._byte_view import ByteTokenizerView
-from tokenmill.decode._covers import ByteTrace, Covers, Machine, Vocabulary, start_all, start_valid
+from tokenmill.decode._byte_vocabulary import Vocabulary
+from tokenmill.decode._covers import ByteTrace, Covers, Machine, start_all, start_valid
 from tokenmill.decode._token_tree import TokenTree
 from tokenmill.errors import LimitError, UnsupportedError, unknown_name
 

@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from tokenmill.decode._covers import END, OTHER
+from tokenmill.decode._byte_vocabulary import END, OTHER
 from tokenmill.errors import LimitError, StoppedError, TokenmillError, unknown_name
 
 _GREEDY_BELOW = 1e-6

@@ -22,7 +22,8 @@ from tokenmill.catalog import Card, Paper
 from tokenmill.decode._byte_lm import ByteEnsemble, ByteLM, FillInTheMiddle, Mode, check_mode, end_ids
 from tokenmill.decode._byte_text import ByteText, choose_slot, shape_law
 from tokenmill.decode._byte_view import ByteTokenizerView
-from tokenmill.decode._covers import END, OTHER, SLOTS, ByteTrace, Covers
+from tokenmill.decode._byte_vocabulary import END, OTHER, SLOTS
+from tokenmill.decode._covers import ByteTrace, Covers
 from tokenmill.decode._request import Request, Run, check_request, check_seed, generator_for
 from tokenmill.errors import TokenmillError, UnsupportedError, unknown_name
 
