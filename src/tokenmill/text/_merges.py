@@ -107,7 +107,7 @@ class Pairs:
         left: the left edges, sorted by symbol.
     """
 
-    def __init__(self, merges: Merges, symbols: Sequence[Ints], tokens: Ints) -> None:
+    def __init__(self, merges: Merges, symbols: Sequence[Shorts], tokens: Ints) -> None:
         """Simulate BPE on every token. `symbols[i]` (n_i,) are the first symbols of `tokens[i]`."""
         self.merges = merges
         self.reachable = np.zeros(merges.size, dtype=bool)
@@ -116,7 +116,7 @@ class Pairs:
         rights: list[Shorts] = []
         for n in np.unique(lengths[lengths > 0]):
             rows = np.flatnonzero(lengths == n)
-            left, right = self._simulate(np.stack([symbols[i] for i in rows]).astype(np.int32), tokens[rows])
+            left, right = self._simulate(np.stack([symbols[i] for i in rows.tolist()]).astype(np.int32), tokens[rows])
             lefts.append(left)
             rights.append(right)
         self.left = _edges(lefts, merges.size, by=1)
