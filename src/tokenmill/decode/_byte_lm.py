@@ -81,6 +81,7 @@ class ByteLM:
             ``"all"``); ``None``: from the start.
         context: token ids before the text; ``None`` is the beginning-of-text token, or the end-of-text token of a
             tokenizer without one.
+        end: token ids that end a text; ``None``: those of the model's generation settings, or the tokenizer's.
         temperature: of tokens, inside the sums; the temperature of bytes is an argument of `generate`.
 
     Raises:
@@ -95,6 +96,7 @@ class ByteLM:
     beam: int | None = None
     lookback: int | None = None
     context: Sequence[int] | None = None
+    end: Sequence[int] | None = None
     temperature: float = 1.0
     trace: ByteTrace = field(default_factory=ByteTrace, compare=False, repr=False)
     view: ByteTokenizerView = field(init=False, compare=False, repr=False)
@@ -105,9 +107,12 @@ class ByteLM:
         check_mode("ByteLM", self.mode, self.beam, self.lookback)
         if not self.temperature > 0:
             raise LimitError("ByteLM", "temperature", self.temperature, "above 0")
+        for name in ("context", "end"):  # so that the settings stay as they are
+            given = getattr(self, name)
+            object.__setattr__(self, name, None if given is None else tuple(int(i) for i in given))
         view = self.tokenizer if isinstance(self.tokenizer, ByteTokenizerView) else ByteTokenizerView(self.tokenizer)
         object.__setattr__(self, "view", view)
-        ends = end_ids(self.model.generation_config, self.tokenizer)
+        ends = end_ids(self.model.generation_config, self.tokenizer) if self.end is None else list(self.end)
         object.__setattr__(self, "vocabulary", Vocabulary.of(view, vocabulary(self.model), ends, self.model.device))
         object.__setattr__(self, "head", self._head(ends))
 
@@ -115,7 +120,7 @@ class ByteLM:
         if self.context is not None:
             if len(self.context) == 0:
                 raise LimitError("ByteLM", "context", [], "at least one token", "Give a token to start from.")
-            return tuple(int(i) for i in self.context)
+            return tuple(self.context)
         for source in (self.tokenizer, self.model.generation_config, self.model.config):
             if (bos := getattr(source, "bos_token_id", None)) is not None:
                 return (int(bos),)
@@ -260,6 +265,7 @@ class ByteEnsemble:
             )
         if self.rule not in ("mean", "product"):
             raise unknown_name("ByteEnsemble", "rule", str(self.rule), ("mean", "product"))
+        object.__setattr__(self, "members", tuple(self.members))
         object.__setattr__(self, "weights", tuple(w / sum(weights) for w in weights))
 
     def start(self, x: bytes | str = b"") -> EnsembleState:

@@ -196,6 +196,7 @@ class _ByteRun:
             beam=decoder.beam,
             lookback=decoder.lookback,
             context=tokens[:cut],
+            end=self.ends,
             temperature=inner,
             trace=self.trace,
         )
