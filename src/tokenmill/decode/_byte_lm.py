@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -110,10 +111,11 @@ class ByteLM:
         for name in ("context", "end"):  # so that the settings stay as they are
             given = getattr(self, name)
             object.__setattr__(self, name, None if given is None else tuple(int(i) for i in given))
-        view = self.tokenizer if isinstance(self.tokenizer, ByteTokenizerView) else ByteTokenizerView(self.tokenizer)
-        object.__setattr__(self, "view", view)
+        object.__setattr__(self, "view", view_of(self.tokenizer))
         ends = end_ids(self.model.generation_config, self.tokenizer) if self.end is None else list(self.end)
-        object.__setattr__(self, "vocabulary", Vocabulary.of(view, vocabulary(self.model), ends, self.model.device))
+        object.__setattr__(
+            self, "vocabulary", Vocabulary.of(self.view, vocabulary(self.model), ends, self.model.device)
+        )
         object.__setattr__(self, "head", self._head(ends))
 
     def _head(self, ends: Sequence[int]) -> tuple[int, ...]:
@@ -316,6 +318,21 @@ class EnsembleState:
     def push(self, byte: int) -> EnsembleState:
         """The state behind one more byte."""
         return replace(self, states=tuple(state.push(byte) for state in self.states))
+
+
+_VIEWS: weakref.WeakKeyDictionary[Any, ByteTokenizerView] = weakref.WeakKeyDictionary()
+
+
+def view_of(tokenizer: Any) -> ByteTokenizerView:
+    """The view of a tokenizer, made once for each object: a large vocabulary takes seconds."""
+    if isinstance(tokenizer, ByteTokenizerView):
+        return tokenizer
+    try:
+        if tokenizer not in _VIEWS:
+            _VIEWS[tokenizer] = ByteTokenizerView(tokenizer)
+        return _VIEWS[tokenizer]
+    except TypeError:  # an object that cannot be referred to weakly
+        return ByteTokenizerView(tokenizer)
 
 
 def check_mode(where: str, mode: str, beam: int | None, lookback: int | None) -> None:

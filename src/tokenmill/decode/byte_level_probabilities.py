@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tokenmill.catalog import Card, Paper
-from tokenmill.decode._byte_lm import ByteEnsemble, ByteLM, FillInTheMiddle, Mode, check_mode, end_ids
+from tokenmill.decode._byte_lm import ByteEnsemble, ByteLM, FillInTheMiddle, Mode, check_mode, end_ids, view_of
 from tokenmill.decode._byte_text import ByteText, choose_slot, shape_law
 from tokenmill.decode._byte_view import ByteTokenizerView
 from tokenmill.decode._byte_vocabulary import END, OTHER, SLOTS
@@ -113,8 +113,7 @@ class ByteLevel:
         if self.temperature_at not in ("byte", "token"):
             raise unknown_name("ByteLevel", "temperature_at", str(self.temperature_at), ("byte", "token"))
         check_seed("ByteLevel", self.seed)
-        view = self.tokenizer if isinstance(self.tokenizer, ByteTokenizerView) else ByteTokenizerView(self.tokenizer)
-        object.__setattr__(self, "view", view)
+        object.__setattr__(self, "view", view_of(self.tokenizer))
 
     @property
     def trace(self) -> ByteTrace:
