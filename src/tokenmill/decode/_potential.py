@@ -111,11 +111,7 @@ class _Stateful:
         return found
 
     def start(self) -> State:
-        if self.prefix(b"") != 0.0:
-            raise LimitError(
-                repr(self.scores), "prefix(b'')", -math.inf, "0", "A constraint that no string satisfies has no sample."
-            )
-        return _Read(self, b"")
+        return begin(self)
 
     def _boolean(self, name: str, context: bytes) -> float:
         found = getattr(self.scores, name)(context)
@@ -132,17 +128,30 @@ class _Stateful:
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    potential: _Stateful
+    potential: Potential
     context: bytes
 
     def allows(self, data: bytes, /) -> bool:
-        return self.potential.prefix(self.context + data) == 0.0
+        return self.potential.prefix(self.context + data) == 0
 
     def advance(self, data: bytes, /) -> State:
         return _Read(self.potential, self.context + data)
 
     def accepting(self) -> bool:
-        return self.potential.complete(self.context) == 0.0
+        return self.potential.complete(self.context) == 0
+
+
+def begin(potential: Potential) -> State:
+    """The first state of a potential whose states are the bytes so far.
+
+    Raises:
+        LimitError: the empty string is refused, so nothing satisfies the constraint.
+    """
+    if potential.prefix(b"") != 0:
+        raise LimitError(
+            repr(potential), "prefix(b'')", -math.inf, "0", "A constraint that no string satisfies has no sample."
+        )
+    return _Read(potential, b"")
 
 
 def both(a: Any, b: Any) -> Potential:
