@@ -90,6 +90,13 @@ class Oracle:
         """Does this token end the text?"""
         return token in self.eos_ids
 
+    def end_token(self, law: Tensor, generator: torch.Generator | None, *, likeliest: bool = False) -> int:
+        """Which of the end tokens to write: drawn by their shares of ``law`` (V,), or the likeliest."""
+        shares = law[self.eos_ids]
+        if len(self.eos_ids) == 1 or likeliest:
+            return self.eos_ids[int(shares.argmax())]
+        return self.eos_ids[int(torch.multinomial(shares.softmax(0), 1, generator=generator))]
+
     def accepts(self, particle: Particle, token: int) -> bool:
         """May this token come next? The end token asks whether the text is whole."""
         key = (id(particle.state), token)

@@ -130,3 +130,12 @@ class Population:
             log_weights=self.log_weights,
             finished=[p.whole for p in self.particles],
         )
+
+
+def common_prefix(texts: Sequence[list[int]]) -> list[int]:
+    """The tokens with which all texts begin."""
+    low, high = min(texts), max(texts)  # in lexicographic order these two are farthest apart
+    for i, token in enumerate(low):
+        if high[i] != token:
+            return low[:i]
+    return low

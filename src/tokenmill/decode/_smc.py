@@ -263,7 +263,7 @@ class Sampler:
     def _append(self, particle: Particle, law: Tensor, token: int) -> None:
         self.trace.particle_tokens += 1
         if self.oracle.is_end(token):
-            particle.ids.append(self._end_token(law))
+            particle.ids.append(self.oracle.end_token(law, self.generator, likeliest=self.greedy))
             particle.status, particle.whole = "finished", True
             return
         self.oracle.advance(particle, token)
@@ -272,6 +272,7 @@ class Sampler:
     def _force(self, particle: Particle, law: Tensor) -> None:
         """The end token in the last place, with its probability as weight where the text is whole."""
         row, end = law[particle.row], self.oracle.eos_ids
+        self.trace.checks_per_token.append(1)
         if not self.oracle.accepts(particle, end[0]):
             particle.weigh(-math.inf)
             return
@@ -283,16 +284,6 @@ class Sampler:
     @property
     def _weighted(self) -> bool:
         return not self.greedy and self.settings.method != "lcd"
-
-    def _end_token(self, law: Tensor) -> int:
-        """Which of the end tokens, by their shares of ``law`` (V,)."""
-        end = self.oracle.eos_ids
-        if len(end) == 1:
-            return end[0]
-        shares = law[end]
-        if self.greedy:
-            return end[int(shares.argmax())]
-        return end[int(torch.multinomial(shares.softmax(0), 1, generator=self.generator))]
 
     def _correction(self, laws: list[Tensor], row: int, token: int) -> float:
         """What the model gives to a token that the proposal drew, in relation to the proposal."""

@@ -153,9 +153,9 @@ class WeightedSequences:
             NoValidContinuation: no particle is alive.
         """
         self._check("draw from")
-        weights = self.weights
-        point = torch.rand(1, generator=generator, dtype=torch.float64, device=weights.device)
-        return int(_inverse(weights, point))
+        device = None if generator is None else generator.device
+        point = torch.rand(1, generator=generator, dtype=torch.float64, device=device)
+        return int(_inverse(self.weights, point.to(self.log_weights.device)))
 
     def sample(self, generator: torch.Generator | None = None) -> bytes:
         """A text, drawn by weight.
