@@ -70,6 +70,11 @@ def score(allowed: bool) -> float:
     return 0.0 if allowed else -math.inf
 
 
+def _is_score(found: Any) -> bool:
+    # A bool is refused: False equals 0, and 0 says yes.
+    return not isinstance(found, bool) and found in (0, -math.inf)
+
+
 def as_potential(constraint: Any) -> Potential:
     """Give ``start()`` to a constraint that has ``prefix`` and ``complete`` only; others come back as they are.
 
@@ -115,7 +120,7 @@ class _Stateful:
 
     def _boolean(self, name: str, context: bytes) -> float:
         found = getattr(self.scores, name)(context)
-        if found not in (0, -math.inf):
+        if not _is_score(found):
             raise LimitError(
                 repr(self.scores),
                 f"the score of {name}",
@@ -228,7 +233,7 @@ def check_contract(constraint: Any, strings: Iterable[bytes]) -> None:
 
 def _score_of(potential: Potential, name: str, context: bytes) -> bool:
     found = getattr(potential, name)(context)
-    if found not in (0, -math.inf):
+    if not _is_score(found):
         raise LimitError(repr(potential), f"{name}({context!r})", found, "0 or -inf", "Give soft scores as a critic.")
     return found == 0
 

@@ -18,4 +18,6 @@ def split_utf8(data: bytes) -> tuple[str, bytes] | None:
         text = decoder.decode(data)
     except UnicodeDecodeError:
         return None
-    return text, decoder.getstate()[0]
+    pending = decoder.getstate()[0]
+    # The decoder waits for the third byte of a surrogate, which no text holds.
+    return None if pending[:1] == b"\xed" and pending[1:] >= b"\xa0" else (text, pending)
