@@ -23,7 +23,7 @@ INSERTS = [
     *("é", "if", "in ", " ", "\n", "'", '"', '"""', "\\", "\\\n", "(", ")", "[", "]", "{", "}", ":", "=", "!", ";"),
     *("f'", 'f"', "b'", "rb'", "0x1f", "1e+5", "1_0", "0xfor x", "...", "->", ":=", "#c\n", "\t", "  ", "\r\n", "\r"),
     *("lambda", "await ", "async ", "not ", "is ", "or ", "1if", "match", "case", "type", "_", "@", "**", "//"),
-    *(">>=", "{x!r}", "{x:>{w}}", "{{", "\\N{DASH}", "\x0c", "क्षि", "·", "0", "j", ".", "..", ".5", "nonlocal x\n"),
+    *(">>=", "{x!r}", "{x:>{w}}", "{{", "\\N{EM DASH}", "\x0c", "क्षि", "·", "0", "j", ".", "..", ".5", "nonlocal x\n"),
 ]
 
 
@@ -112,10 +112,8 @@ SOURCES = [
         "async def f():\n  async with a as b, c: await d\n  async for x in y: yield x\n  return\n",
         "def g():\n  x = yield from y\n  return (yield)\n",
     ),
-    *(
-        "match x:\n  case {'a': 1 + 2j, **r} | [_, *z] if z: pass\n  case A.b(c=-1.5) as d: pass\n"
-        "match = case = type = _ = 1\nmatch[case]\n"
-    ),
+    "match x:\n  case {'a': 1 + 2j, **r}: pass\n  case [_, *z] | [_, _, *z] if z: pass\n  case A.b(c=-1.5) as d: pass\n"
+    "match = case = type = _ = 1\nmatch[case]\n",
     *(
         "def f():\n  def g():\n    nonlocal x\n  x = 1\n",
         "lambda *a, b=1: (yield)",
@@ -144,7 +142,7 @@ def test_every_byte_of_tricky_sources_is_allowed(source: str) -> None:
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="syntax of Python 3.12")
 @pytest.mark.parametrize(
     "source",
-    ["type X[T: int, *U, **V] = T", "def f[T](x: T) -> T: ...", "f'{x['a']!r:{\"w\"}} {\n'b' # c\n}' f'\\N{DASH}'"],
+    ["type X[T: int, *U, **V] = T", "def f[T](x: T) -> T: ...", "f'{x['a']!r:{\"w\"}} {\n'b' # c\n}' f'\\N{EM DASH}'"],
 )
 def test_every_byte_of_newer_sources_is_allowed(source: str) -> None:
     assert PYTHON.complete(source.encode()) == 0
