@@ -168,7 +168,7 @@ def test_generate_estimates_the_mass_of_the_constraint(extra: str) -> None:
         masses = {text: mass * math.exp(scores.get(text, 0.0)) for text, mass in masses.items()}
     decoder = AWRS(LANGUAGE, FOUR, n_particles=4, ess_threshold=0.8, **settings)
     seeded, totals = torch.Generator().manual_seed(2), []
-    for _ in range(150):
+    for _ in range(100):
         try:
             generate(model, IDS, decoder, max_new_tokens=4, eos_token_id=END, generator=seeded, **SAMPLED)
         except NoValidContinuation:
@@ -470,7 +470,7 @@ PADDED: dict[str, Any] = {"eos_token_id": END, "pad_token_id": 0}
 
 @pytest.mark.prop("awrs", 8)
 def test_the_processor_is_masked_sampling_in_law() -> None:
-    model, rows = four(), 4000
+    model, rows = four(), 3000
     processor = AWRSLogitsProcessor(WORDS, FOUR, seed=5, eos_token_id=END)
     made = generate(model, IDS.expand(rows, -1), logits_processor=[processor], max_new_tokens=4, **PADDED, **SAMPLED)
     texts = [tuple(t) for t in made[:, IDS.shape[1] :].tolist()]
