@@ -91,8 +91,13 @@ class SlowView:
         self.token_bytes = TokenBytes.from_list(TOKENS, {"<end>": END})
         self.trie = self.token_bytes.trie
 
+    prefix_closed = True
+
     def encode(self, data: bytes) -> list[int]:
         return list(encoding(data))
+
+    def openings(self, data: bytes, whole: Sequence[int] | None = None) -> list[list[int]]:
+        return [list(encoding(data))]
 
     def extend(self, ids: Sequence[int], data: bytes) -> list[int]:
         return list(encoding(spelled(ids) + data))

@@ -399,6 +399,11 @@ def test_what_cannot_be_served_is_refused(toy: Any, python_lm: ByteLM) -> None:
         python_lm.start(b"abc\xff\xff")
 
 
+def test_segmentations_do_not_explode_unseen(python_lm: ByteLM) -> None:
+    with pytest.raises(LimitError, match="give a beam"):
+        ByteLM(python_lm.model, python_lm.tokenizer, mode="all").start(b"def mean(values, weights=None):")
+
+
 def test_special_tokens_in_a_text_are_plain_text(python_lm: ByteLM) -> None:
     text = "x = '<|endoftext|>'"
     ids = python_lm.view.encode(text.encode())

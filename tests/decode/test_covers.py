@@ -163,6 +163,8 @@ def test_covers_are_the_valid_sequences_that_straddle_the_end(view: Any) -> None
             direct = sum(math.log(law(ids[:i], False, True)[t]) for i, t in enumerate(ids))
             assert logp == pytest.approx(direct, abs=1e-12)
         several += len(found) > 1
+        beyond = sum(math.exp(logp) for ids, logp in found.items() if toys.spelled(ids) != x)
+        assert state.straddling == pytest.approx(beyond / math.exp(state.logp), abs=1e-12)
     assert several > 50
 
 

@@ -122,6 +122,23 @@ class ByteTokenizerView:
         found = self._engine.extend(ids, data) if ids else None
         return self._encode(self.token_bytes.join(ids) + data) if found is None else found
 
+    def openings(self, data: bytes, whole: Sequence[int] | None = None) -> list[list[int]]:
+        """Every token sequence that spells `data` and begins the encoding of some text.
+
+        One where the view is `prefix_closed`. Elsewhere a second one can stand for blanks at the end, which are cut
+        in another way when something follows.
+
+        Args:
+            data: bytes that may end inside a character.
+            whole: their encoding, where it is known.
+
+        Raises:
+            LimitError: see `encode`.
+        """
+        ids = self.encode(data) if whole is None else list(whole)
+        engine = self._engine
+        return [ids] if isinstance(engine, Unsplit) or not data else engine.openings(data, ids)
+
     def is_valid(self, ids: Sequence[int]) -> bool:
         """Whether these are the canonical tokens of their own bytes. Not so with special tokens among them."""
         tokens = self.token_bytes.tokens
@@ -138,10 +155,10 @@ class ByteTokenizerView:
         """The tokens that may follow.
 
         Args:
-            ids: canonical tokens, as of `encode`; without bytes or none: the start of a text.
+            ids: tokens that begin the encoding of some text; none: the start of a text.
 
         Returns:
-            (V,) bool: v such that ``ids + [v]`` is valid. False for special tokens.
+            (V,) bool: v such that ``ids + [v]`` begins the encoding of some text. False for special tokens.
         """
         mask = self._engine.valid_next(ids)
         if self._needs_space and not ids:

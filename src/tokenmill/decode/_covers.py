@@ -21,6 +21,7 @@ from tokenmill.decode._byte_vocabulary import END, OTHER, SLOTS, Law, Vocabulary
 from tokenmill.errors import LimitError
 from tokenmill.trace import Trace
 
+_MOST = 1024  # contexts that are evaluated for one byte, without a beam
 _CHUNK = 64  # tokens whose whole laws are held at once
 
 
@@ -97,8 +98,12 @@ class Machine:
 
     def law(self, ids: Sequence[int], logits: Tensor) -> Law:
         """The law behind a context."""
-        mask = None if self.view is None else self.view.valid_next(ids).to(logits.device)
-        law = token_law(logits, mask, self.vocabulary.end, self.temperature)
+        mask, end = None, self.vocabulary.end
+        if self.view is not None:
+            mask = self.view.valid_next(ids).to(logits.device)
+            if not (self.view.prefix_closed or self.view.is_valid(ids)):
+                end = end[:0]  # these tokens stand only before something else
+        law = token_law(logits, mask, end, self.temperature)
         self.trace.laws += 1
         self.trace.leaked += law.leak
         return law
@@ -144,6 +149,19 @@ class Covers:
         """(SLOTS,) float64: log-law of the next byte, of the end of the text, and of any other control token."""
         masses, total, _ = self._masses()
         return (masses / total).log()
+
+    @property
+    def straddling(self) -> float:
+        """Share of the mass of x on covers that reach past its end: 0 where conditioning on tokens has no bias."""
+        v, shift = self.machine.vocabulary, max(c.logp for c in self.contexts)
+        open_mass = whole = 0.0
+        for c in self.contexts:
+            mass = math.exp(c.logp - shift)
+            if c.bytes is None:
+                mass *= float(v.trie.next_byte_sums(c.law.exp(), c.lo, c.hi, self.length - c.end)[:256].sum())
+                open_mass += mass
+            whole += mass
+        return open_mass / whole
 
     def _masses(self) -> tuple[Tensor, float, float]:
         """Masses (SLOTS,) by next byte, their sum, and the logarithm that both are scaled by."""
@@ -198,6 +216,9 @@ class Covers:
         machine = self.machine
         if machine.beam is not None and len(ended) > machine.beam:
             ended = sorted(ended, key=lambda e: -e[2])[: machine.beam]
+        if len(ended) > _MOST:
+            mend = "Their number doubles with every byte or so: give a beam, or a shorter lookback."
+            raise LimitError("ByteLM", "segmentations", len(ended), f"at most {_MOST} for a byte", mend)
         nodes, logits = machine.contexts.extend([c.node for c, _, _ in ended], [token for _, token, _ in ended])
         made = []
         for (before, token, logp), node, row in zip(ended, nodes, logits, strict=True):
@@ -219,10 +240,9 @@ def start_valid(machine: Machine, view: ByteTokenizerView, x: bytes, hard: Seque
     """
     full = view.encode(x)
     lefts = _lefts(view, x, full)
+    every = [ids for several in lefts.values() for ids in several]
     common = 0
-    while all(len(ids) > common for ids in lefts.values()):
-        if len({ids[common] for ids in lefts.values()}) > 1:
-            break
+    while all(len(ids) > common for ids in every) and len({ids[common] for ids in every}) == 1:
         common += 1
     nodes, logits = machine.contexts.prefill(hard if scored else [*hard, *full[:common]])
     root, row, logp = nodes[-1], logits[-1], 0.0
@@ -243,19 +263,20 @@ def _scored(machine: Machine, node: Any, row: Tensor, ids: Sequence[int]) -> tup
     return node, row, logp
 
 
-def _lefts(view: ByteTokenizerView, x: bytes, full: list[int]) -> dict[int, tuple[int, ...]]:
-    """Bytes of x -> their encoding, for every prefix of x after which a token may reach the end of x."""
+def _lefts(view: ByteTokenizerView, x: bytes, full: list[int]) -> dict[int, list[tuple[int, ...]]]:
+    """Bytes of x -> token sequences that spell them, for every prefix of x after which a token may reach its end."""
     ends = [0]
     for token in full:
         ends.append(ends[-1] + len(view.token_bytes[token] or b""))
-    lefts = {len(x): tuple(full)}
+    lefts = {len(x): [tuple(ids) for ids in view.openings(x, full)]}
     for end in range(max(0, len(x) - view.token_bytes.max_length), len(x)):
         lo, hi = view.trie.range(x[end:])
         if lo == hi:
             continue
         whole = sum(e <= end for e in ends) - 1  # tokens of `full` that lie before `end`
         try:
-            lefts[end] = tuple(view.extend(full[:whole], x[ends[whole] : end]))
+            ids = view.extend(full[:whole], x[ends[whole] : end])
+            lefts[end] = [tuple(one) for one in view.openings(x[:end], ids)]
         except LimitError:
             continue  # no token sequence ends inside this character
     return lefts
@@ -264,7 +285,7 @@ def _lefts(view: ByteTokenizerView, x: bytes, full: list[int]) -> dict[int, tupl
 def _grow(
     machine: Machine,
     x: bytes,
-    lefts: dict[int, tuple[int, ...]],
+    lefts: dict[int, list[tuple[int, ...]]],
     root: tuple[int, ...],
     node: Any,
     row: Tensor,
@@ -273,7 +294,7 @@ def _grow(
     """Evaluate the tree of all lefts in one forward behind the tokens that they share."""
     places: dict[tuple[int, ...], Any] = {root: node}
     beyond: list[tuple[int, ...]] = []
-    for ids in sorted(set(lefts.values()), key=len):
+    for ids in sorted({ids for several in lefts.values() for ids in several}, key=len):
         for stop in range(len(root) + 1, len(ids) + 1):
             if ids[:stop] not in places:
                 places[ids[:stop]] = len(beyond)
@@ -287,7 +308,7 @@ def _grow(
     for ids in beyond:
         logps[ids] = logps[ids[:-1]] + float(laws[ids[:-1]].by_id[ids[-1]])
     found = []
-    for end, ids in lefts.items():
+    for end, ids in ((end, ids) for end, several in lefts.items() for ids in several):
         if logps[ids] > -math.inf:
             context = machine.context(ids, places[ids], end, logps[ids], laws[ids], x[end:])
             if context is not None and (context.bytes is not None or bool((context.law > -math.inf).any())):

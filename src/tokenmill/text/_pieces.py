@@ -30,6 +30,10 @@ _PROBES = (
 )
 
 
+_AHEAD = ("x", "1", "!")
+"""What may follow blanks and move where they are cut: a letter, a digit, a sign."""
+
+
 class Cutter(Protocol):
     """An encoder whose pieces can be seen."""
 
@@ -89,7 +93,7 @@ class Pieces:
         return [i for _, ids in pieces[:-1] for i in ids] + list(self._cutter.piece(last[:-size] + rest))
 
     def valid_next(self, ids: Sequence[int]) -> Bools:
-        """(V,) bool: the tokens that may follow canonical `ids`."""
+        """(V,) bool: the tokens that may follow `ids`, so that both begin the encoding of some text."""
         tail = tuple(ids[self._safe(ids) :])
         bits = self._masks.get(tail)
         if bits is None:
@@ -110,10 +114,27 @@ class Pieces:
             candidates, data = [candidates[k] for k in keep], [data[k] for k in keep]
         found = self._encode([split(WHERE, d) for d in data])
         expected = list(tail)
-        good = [i for i, ids in zip(candidates, found, strict=True) if ids[-1:] == [i] and ids[:-1] == expected]
         out = np.zeros(len(self._tokens), dtype=bool)
-        out[good] = True
+        out[[i for i, ids in zip(candidates, found, strict=True) if ids[-1:] == [i] and ids[:-1] == expected]] = True
+        # Blanks are cut otherwise when something follows: "a\n\n" is one token less than the same before "b".
+        later = [(i, d) for i, d in zip(candidates, data, strict=True) if not out[i] and d[-1:].isspace()]
+        for ahead in _AHEAD if later else ():
+            found = self._encode([split(WHERE, d + ahead.encode()) for _, d in later])
+            stop = len(expected) + 1
+            out[[i for (i, _), ids in zip(later, found, strict=True) if ids[:stop] == [*expected, i]]] = True
         return out
+
+    def openings(self, data: bytes, whole: Sequence[int]) -> list[list[int]]:
+        """See `ByteTokenizerView.openings`; `whole` is the encoding of `data`."""
+        found = {tuple(whole)}
+        if data[-1:].isspace():
+            for ahead in _AHEAD:
+                ids, size = self.encode(*split(WHERE, data + ahead.encode())), 0
+                for count, i in enumerate(ids, start=1):
+                    size += len(self._tokens[i] or b"")
+                    if size == len(data):
+                        found.add(tuple(ids[:count]))
+        return sorted(map(list, found))
 
     def extend(self, ids: Sequence[int], data: bytes) -> list[int] | None:
         """Canonical tokens of the text of `ids` and of `data` behind it, or None where the whole must be encoded."""
