@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from tokenmill.decode._byte_view import ByteTokenizerView
 
 from tests.decode import byte_toys as toys
+from tokenmill.decode._byte_view import ByteTokenizerView
 from tokenmill.decode._byte_vocabulary import END, OTHER, Vocabulary
 from tokenmill.decode._covers import Covers, Machine, start_all, start_valid
 from tokenmill.errors import LimitError

@@ -19,7 +19,7 @@ from genlm.backend import load_model_by_name  # pyright: ignore[reportMissingImp
 from genlm.control import AWRS, EOS, Potential, PromptedLLM  # pyright: ignore[reportMissingImports]
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import predicates  # noqa: E402  # pyright: ignore[reportMissingImports]
+import predicates  # pyright: ignore[reportMissingImports]
 
 
 class Check(Potential):
