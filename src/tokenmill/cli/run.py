@@ -13,6 +13,7 @@ from rich.markup import escape
 from tokenmill import catalog, settings
 from tokenmill.errors import LimitError, UnsupportedError
 
+from . import _constrained
 from ._output import Json, Slug, console, print_json, print_table, quiet_loading
 
 _DTYPES = ("float32", "bfloat16")
@@ -33,6 +34,13 @@ def command(
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
     dtype: Annotated[str, typer.Option(help=f"Dtype of the weights: {', '.join(_DTYPES)}.")] = "bfloat16",
     packed: Annotated[bool, typer.Option(help="Prepack the linear layers.")] = True,
+    regex: Annotated[str | None, typer.Option(help="Constraint: a regular expression that the text matches.")] = None,
+    json_schema: Annotated[str | None, typer.Option(help="Constraint: a JSON Schema, as text or a file.")] = None,
+    grammar: Annotated[Path | None, typer.Option(help="Constraint: a file with a Lark grammar.")] = None,
+    predicate: Annotated[
+        str | None, typer.Option(metavar="MODULE:FUNCTION", help="Constraint: a function from text to bool.")
+    ] = None,
+    python: Annotated[bool, typer.Option("--python", help="Constraint: Python source that compiles.")] = False,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting; `tokenmill show` lists them.")
     ] = None,
@@ -41,6 +49,8 @@ def command(
     """Generate with a method, then without it, and show what it saved.
 
     Example: [bold]tokenmill run token-recycling --prompt "def quicksort(values):" --set tree=auto[/bold]
+
+    Under a constraint: [bold]tokenmill run awrs --regex "[0-9]{4}" --prompt "Rome fell in the year "[/bold]
     """
     card = catalog.card(slug)
     if card.kind != "decoder":
@@ -51,6 +61,15 @@ def command(
         raise typer.BadParameter(f"{card.slug} needs a draft model; give one with --draft")
     values = settings.from_text(card.slug, catalog.method(card.slug), _pairs(set_ or []))
     text = _text(prompt, file)
+    asked = _constrained.Constraint(regex, json_schema, grammar, predicate, python)
+    if "constraint" in card.needs:
+        constraint = asked.build(card.slug)
+        quiet_loading()
+        side = _constrained.Side(model, dtype, packed, max_new_tokens, seed)
+        _constrained.run(card, values, constraint, text, side, as_json=as_json)
+        return
+    if asked.given:
+        raise typer.BadParameter(f"{card.slug} takes no constraint, got {', '.join(asked.given)}")
     quiet_loading()
     runs = _Side(model, draft, dtype, packed, max_new_tokens, sample, seed)
     _report(card, runs.both(card, values, text, quiet=as_json), as_json)
@@ -111,11 +130,13 @@ class _Side:
         from tokenmill.bench.tasks._generation import Subject
 
         main = catalog.method(card.slug)
-        first = []
+        first: list[Any] = []
         if "draft_model" in card.needs:
             first = [models.load(self.draft, dtype=self.dtype, packed=self.packed)[0]]
-        decoder = main(*first, **values)
         model, tokenizer = models.load(self.model, dtype=self.dtype, packed=self.packed)
+        if "tokenizer" in card.needs:
+            first.append(tokenizer)
+        decoder = main(*first, **values)
         item = Item("input", "text", tokenizer(text)["input_ids"])
         runs = []
         for who, how in (("method", decoder), ("plain", None)):
