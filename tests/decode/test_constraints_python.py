@@ -142,7 +142,11 @@ def test_every_byte_of_tricky_sources_is_allowed(source: str) -> None:
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="syntax of Python 3.12")
 @pytest.mark.parametrize(
     "source",
-    ["type X[T: int, *U, **V] = T", "def f[T](x: T) -> T: ...", "f'{x['a']!r:{\"w\"}} {\n'b' # c\n}' f'\\N{EM DASH}'"],
+    [
+        *("type X[T: int, *U, **V] = T", "def f[T](x: T) -> T: ...", "f'{f'{f\"{1}\"}'}'", 'f"""{x["""a"""]}"""'),
+        "f'{x['a']!r:{\"w\"}} {\n'b' # c\n}' f'\\N{EM DASH}'",
+        *("f'{x:{y:{z}}}'", "f'''{x:\n}'''", "f'{{}}{x}}}'", "rf'\\{x}'", "f'{x['\\'']}'", "f'{(lambda x:1)}'"),
+    ],
 )
 def test_every_byte_of_newer_sources_is_allowed(source: str) -> None:
     assert PYTHON.complete(source.encode()) == 0

@@ -31,13 +31,16 @@ _OPERATORS = (
     *("!=", "**", "//", ">>", "<<", "<=", ">=", "==", "->", "+=", "-=", "*=", "/=", "%=", "@=", "&=", "|=", "^=", ":="),
     *("**=", "//=", ">>=", "<<=", "...", ".0", "}}"),
 )
+_QUOTES = ("'", '"', "'''", '"""')
 _WORD = re.compile(r"[A-Za-z0-9_]+\Z")
 _NUMBER = re.compile(
     r"(?<!\w)(?!\w*__)"
     r"(?:0[xX][0-9a-fA-F_]*|0[oO][0-7_]*|0[bB][01_]*|(?=\.?\d)[0-9_]*\.?[0-9_]*(?:[eE][+-]?[0-9_]*)?[jJ]?)"
     rf"(?P<word>{'|'.join(word[:length] for word in _BEHIND_NUMBERS for length in range(len(word), 0, -1))}|)\Z"
 )
-_OPEN = re.compile(r"unterminated .*string literal(?: \(detected at line (\d+)\))?")
+_OPEN = re.compile(
+    r"unterminated (?:triple-quoted )?(?P<kind>[a-z]-)?string literal(?: \(detected at line (?P<line>\d+)\))?"
+)
 _LITERAL = re.compile(r"(?P<prefix>[A-Za-z]{0,2})(?P<quote>['\"])")
 
 
@@ -102,6 +105,8 @@ def _grown(text: str) -> Iterator[str]:
     for length in (1, 2):
         before, end = text[:-length], text[-length:]
         yield from (before + longer for longer in _OPERATORS if longer.startswith(end) and longer != end)
+    # From Python 3.12 on an open string inside an f-string with the same quotes is reported as a brace that is missing.
+    yield from (f"{text} {quote}" for quote in _QUOTES if quote in text)
 
 
 def _wants_more(source: str) -> bool:
@@ -111,7 +116,9 @@ def _wants_more(source: str) -> bool:
         return True
     # From Python 3.12 on the end of the source inside an f-string is an error of its own.
     detected = _OPEN.match(error.msg)
-    return detected is not None and int(detected[1] or 0) >= source.count("\n")
+    if detected is None or not detected["kind"]:
+        return False
+    return int(detected["line"] or 0) >= source.count("\n")
 
 
 def _place_of_string_allows(text: str) -> bool:
