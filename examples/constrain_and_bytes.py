@@ -30,7 +30,7 @@ def main() -> None:
     decoder = tm.decode.AWRS(tm.decode.predicate(no_letter_e), tokenizer, boundary="prefix", seed=1)
     inputs = tokenizer("The old man went to", return_tensors="pt")
     out = model.generate(**inputs, custom_generate=decoder, max_new_tokens=16, **sampling)
-    print("  " + tokenizer.decode(out[0, inputs["input_ids"].shape[1] :]))
+    print(f"  {tokenizer.decode(out[0, inputs['input_ids'].shape[1] :])}")
 
     print("A prompt that ends inside a word:")
     text = "import os\n\ndef read_file(path):\n    with open(pa"

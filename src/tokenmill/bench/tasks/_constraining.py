@@ -1,12 +1,13 @@
-"""Methods of the task `constrain` at work: particles, masks of the whole vocabulary, and samples that are checked late."""
+"""Methods of the task `constrain` at work: particles, masks of the whole vocabulary, samples that are checked late."""
 
 from __future__ import annotations
 
 import time
 import zlib
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from statistics import median
 from typing import Any
 
@@ -116,11 +117,9 @@ class Particles:
         constraint = asked.build(*item.content.constraint)
         params = {"boundary": boundary, "seed": seed, **self.params}
         decoder = AWRS(constraint, self.setting.tokenizer, **params)
-        with clock(self.setting.model) as spent:
-            try:
-                self.setting.generate(item, custom_generate=decoder)
-            except NoValidContinuation:
-                pass  # an answer of the method: nothing was found
+        # No living particle is an answer of the method: nothing was found.
+        with clock(self.setting.model) as spent, suppress(NoValidContinuation):
+            self.setting.generate(item, custom_generate=decoder)
         found, trace = decoder.sequences, decoder.trace
         extra = {"ess": found.ess} | ({"log_ml": found.log_ml} if found.alive else {})
         outcome = _outcome(found.posterior(), constraint, spent, steps=trace.model_calls, drawn=trace.particle_tokens,
@@ -142,7 +141,6 @@ class Masked:
     def __init__(self, setting: Setting, engine: str) -> None:
         self.setting, self.engine = setting, engine
         self.tokens = TokenBytes.of(setting.tokenizer)
-        self.guide: Any = None
 
     def run(self, item: Item, /) -> Outcome:
         """Generate under the masks."""
@@ -155,7 +153,6 @@ class Masked:
 
     def _guided(self, item: Item) -> _Guided:
         import llguidance
-        import llguidance.hf
 
         kind, source = item.content.constraint
         matcher: Any = llguidance.LLMatcher
@@ -166,9 +163,15 @@ class Masked:
             grammar = matcher.grammar_from_regex(source) if kind == "regex" else matcher.grammar_from_lark(source)
         else:
             raise UnsupportedError("llguidance", f"has no masks for constraints of kind {kind}", "Use awrs.")
-        if self.guide is None:
-            self.guide = llguidance.hf.from_tokenizer(self.setting.tokenizer)
-        return _Guided(matcher(self.guide, grammar), self.setting.ends)
+        return _Guided(matcher(_guide(self.setting.tokenizer), grammar), self.setting.ends)
+
+
+@cache
+def _guide(tokenizer: Any) -> Any:
+    """llguidance's view of a tokenizer; it takes half a minute for a large one."""
+    import llguidance.hf
+
+    return llguidance.hf.from_tokenizer(tokenizer)
 
 
 class _Naive:
@@ -215,8 +218,8 @@ class _Guided:
         masked = scores.float().clone()
         self.guide.apply_token_bitmask_inplace(masked, bitmask)
         # A line break ends the text, wherever the end token may come.
-        ending = scores[:, self.ends] if self.matcher.is_accepting() else -torch.inf
-        masked[:, self.ends] = ending if isinstance(ending, float) else ending.float()
+        ending = scores[:, self.ends].float()
+        masked[:, self.ends] = ending if self.matcher.is_accepting() else torch.full_like(ending, -torch.inf)
         return masked
 
 

@@ -18,38 +18,14 @@ from typing import Any
 from tokenmill.bench.task import Item
 from tokenmill.errors import LimitError
 
-MONTHS = [
-    "January",
-    "February",
-    "March",
-    "April",
-    "May",
-    "June",
-    "July",
-    "August",
-    "September",
-    "October",
-    "November",
-    "December",
-]
-NAMES = [
-    "Anna",
-    "Boris",
-    "Chen",
-    "Dora",
-    "Emil",
-    "Fatima",
-    "Georg",
-    "Hana",
-    "Ivan",
-    "Julia",
-    "Karim",
-    "Lena",
-    "Marco",
-    "Nora",
-    "Omar",
-    "Petra",
-]
+MONTHS = (
+    "January", "February", "March", "April", "May", "June",
+    "July", "August", "September", "October", "November", "December",
+)  # fmt: skip
+NAMES = (
+    "Anna", "Boris", "Chen", "Dora", "Emil", "Fatima", "Georg", "Hana",
+    "Ivan", "Julia", "Karim", "Lena", "Marco", "Nora", "Omar", "Petra",
+)  # fmt: skip
 CITIES = ["Paris", "Berlin", "Madrid", "Rome", "Vienna", "Oslo", "Lisbon", "Prague", "Dublin", "Athens"]
 DATE = r"(19|20)[0-9]{2}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])"
 NUMBERS = 'start: NUMBER (", " NUMBER)*\nNUMBER: /[1-9][0-9]?/\n'
