@@ -17,7 +17,6 @@ from tokenmill.decode._byte_text import ByteText, choose_slot, generate_bytes, m
 from tokenmill.decode._byte_vocabulary import END, OTHER, SLOTS
 from tokenmill.errors import LimitError, StoppedError, UnsupportedError
 
-SLUG = "byte-level-probabilities"
 KINDS = ("llama", "qwen2", "gemma3")
 SOURCE = "def mean(values):\n    total = sum(values)\n    return total / len(values)\n"
 
@@ -56,7 +55,7 @@ def letters() -> tokenizers.Tokenizer:
     return tokenizers.Tokenizer(tokenizers.models.BPE({chr(33 + i): i for i in range(64)}, []))
 
 
-@pytest.mark.prop(SLUG, 6)
+@pytest.mark.prop("byte-level-probabilities", 6)
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_byte_tokens_give_the_models_own_law(kind: str) -> None:
     model: Any = models.tiny(kind, seed=5)
@@ -71,7 +70,7 @@ def test_one_byte_tokens_give_the_models_own_law(kind: str) -> None:
         assert float(law.exp().sum()) == pytest.approx(1.0, abs=1e-9)
 
 
-@pytest.mark.prop(SLUG, 6)
+@pytest.mark.prop("byte-level-probabilities", 6)
 def test_nothing_is_biased_at_a_hard_boundary(gemma_lm: ByteLM) -> None:
     context = [*gemma_lm.head, *gemma_lm.view.encode(b"Hello"), 106]  # <end_of_turn>
     lm = ByteLM(gemma_lm.model, gemma_lm.tokenizer, mode="all", context=context)
@@ -81,7 +80,7 @@ def test_nothing_is_biased_at_a_hard_boundary(gemma_lm: ByteLM) -> None:
     assert float((valid.exp() - lm.next_byte_logprobs(b"").exp()).abs().max()) < 0.05
 
 
-@pytest.mark.prop(SLUG, 4)
+@pytest.mark.prop("byte-level-probabilities", 4)
 def test_pushing_equals_starting_anew_on_a_regex_tokenizer(python_lm: ByteLM) -> None:
     text = "x = {'naïve': 12345}  # 日本 🙂\n\n    return x\n".encode()
     state = python_lm.start(b"")
@@ -93,7 +92,7 @@ def test_pushing_equals_starting_anew_on_a_regex_tokenizer(python_lm: ByteLM) ->
         state = state.push(byte)
 
 
-@pytest.mark.prop(SLUG, 4)
+@pytest.mark.prop("byte-level-probabilities", 4)
 def test_pushing_equals_starting_anew_on_gemma(gemma_lm: ByteLM) -> None:
     text = "une élève\n\n\t日本語 🙂 <table>x".encode()
     state = gemma_lm.start(text[:3])
@@ -105,7 +104,7 @@ def test_pushing_equals_starting_anew_on_gemma(gemma_lm: ByteLM) -> None:
     assert gemma_lm.trace.leak < 0.2
 
 
-@pytest.mark.prop(SLUG, 2)
+@pytest.mark.prop("byte-level-probabilities", 2)
 def test_the_chain_of_next_bytes_is_the_prefix_probability(python_lm: ByteLM) -> None:
     text = SOURCE[:40].encode()
     assert python_lm.prefix_logprob(b"") == pytest.approx(0.0, abs=1e-9)
@@ -117,7 +116,7 @@ def test_the_chain_of_next_bytes_is_the_prefix_probability(python_lm: ByteLM) ->
     assert chain == pytest.approx(state.logp, abs=1e-9)
 
 
-@pytest.mark.prop(SLUG, 7)
+@pytest.mark.prop("byte-level-probabilities", 7)
 def test_bias_inside_tokens(gemma_lm: ByteLM) -> None:
     text = b"import os\n\ndef read_file(path):\n    with open(pa"
     true = ord("t")
@@ -148,7 +147,7 @@ def test_a_byte_costs_at_most_a_row_and_a_bit(python_lm: ByteLM, gemma_lm: ByteL
         assert lm.trace.positions - before <= 1.3 * 50
 
 
-@pytest.mark.prop(SLUG, 8)
+@pytest.mark.prop("byte-level-probabilities", 8)
 def test_an_ensemble_of_one_model_is_that_model(python_lm: ByteLM) -> None:
     x = b"import os, sy"
     alone = python_lm.next_byte_logprobs(x)
@@ -159,7 +158,7 @@ def test_an_ensemble_of_one_model_is_that_model(python_lm: ByteLM) -> None:
     assert weighted.weights == (0.75, 0.25)
 
 
-@pytest.mark.prop(SLUG, 8)
+@pytest.mark.prop("byte-level-probabilities", 8)
 def test_models_of_different_vocabularies_average(python_lm: ByteLM, gemma_lm: ByteLM) -> None:
     text = b"import os\nfor name in os.listdir('.'):\n"
     mean, product = (ByteEnsemble([gemma_lm, python_lm], rule=rule).start(text[:8]) for rule in ("mean", "product"))

@@ -16,7 +16,6 @@ from tokenmill.decode._byte_vocabulary import END, OTHER, Vocabulary
 from tokenmill.decode._covers import Covers, Machine, start_all, start_valid
 from tokenmill.errors import LimitError
 
-SLUG = "byte-level-probabilities"
 SEED = 5
 
 
@@ -66,13 +65,13 @@ def prefix(table: dict[bytes, float], x: bytes) -> float:
     return sum(p for s, p in table.items() if s.startswith(x))
 
 
-@pytest.mark.prop(SLUG, 3)
+@pytest.mark.prop("byte-level-probabilities", 3)
 @pytest.mark.parametrize("leak", [False, True])
 def test_all_strings_together_have_probability_one(leak: bool) -> None:
     assert sum(valid_strings(leak).values()) == pytest.approx(1.0, abs=1e-12)
 
 
-@pytest.mark.prop(SLUG, 1)
+@pytest.mark.prop("byte-level-probabilities", 1)
 @pytest.mark.parametrize("leak", [False, True])
 def test_prefix_probabilities_and_next_bytes_equal_brute_force(view: Any, leak: bool) -> None:
     table = valid_strings(leak)
@@ -89,7 +88,7 @@ def test_prefix_probabilities_and_next_bytes_equal_brute_force(view: Any, leak: 
     assert checked == sum(3**n for n in range(6))
 
 
-@pytest.mark.prop(SLUG, 3)
+@pytest.mark.prop("byte-level-probabilities", 3)
 def test_whole_strings_have_the_law_of_the_token_model(view: Any) -> None:
     table = valid_strings(False)
     for s in (b"", b"abab", b"a bb ab", b"babba"):
@@ -97,7 +96,7 @@ def test_whole_strings_have_the_law_of_the_token_model(view: Any) -> None:
         assert math.exp(state.logp + float(state.logprobs()[END])) == pytest.approx(table[s], rel=1e-12)
 
 
-@pytest.mark.prop(SLUG, 2)
+@pytest.mark.prop("byte-level-probabilities", 2)
 def test_laws_sum_to_one_and_chain_to_the_prefix(view: Any) -> None:
     x = b"abba ab"
     state, chain = valid(view, b""), 0.0
@@ -111,7 +110,7 @@ def test_laws_sum_to_one_and_chain_to_the_prefix(view: Any) -> None:
     assert chain == pytest.approx(valid(view, x).logp, abs=1e-9)
 
 
-@pytest.mark.prop(SLUG, 4)
+@pytest.mark.prop("byte-level-probabilities", 4)
 @pytest.mark.parametrize("leak", [False, True])
 def test_pushing_equals_starting_anew_at_every_byte(view: Any, leak: bool) -> None:
     for x in (b"ababab", b"abb aba", b" a abab", b"bbbabba"):
@@ -143,7 +142,7 @@ def covers_of(state: Covers, x: bytes) -> dict[tuple[int, ...], float]:
     return found
 
 
-@pytest.mark.prop(SLUG, 5)
+@pytest.mark.prop("byte-level-probabilities", 5)
 def test_covers_are_the_valid_sequences_that_straddle_the_end(view: Any) -> None:
     sequences = {toys.encoding(s)[:n] for s in toys.strings() for n in range(len(toys.encoding(s)) + 1)}
     several = 0
@@ -168,7 +167,7 @@ def test_covers_are_the_valid_sequences_that_straddle_the_end(view: Any) -> None
     assert several > 50
 
 
-@pytest.mark.prop(SLUG, 9)
+@pytest.mark.prop("byte-level-probabilities", 9)
 def test_all_segmentations_equal_enumeration() -> None:
     table = all_strings()
     vocabulary_view = toys.SlowView()
