@@ -1,5 +1,5 @@
 #!/bin/sh
-# Every line in benchmarks/results/, in about forty minutes on two idle cores. Give names to run a part: speed accepted ...
+# Every line in benchmarks/results/, in about an hour and a half on two idle cores. Give names to run a part: speed accepted ...
 set -eu
 cd "$(dirname "$0")/.."
 BIN=${BIN:-.venv/bin}
@@ -11,7 +11,7 @@ keep() { # the lines of a run become one results file
   cat "runs/$1/results.jsonl" >>"$RESULTS/$1.jsonl"
 }
 
-for part in ${*:-profile speed accepted spectr exactness}; do
+for part in ${*:-profile speed accepted spectr exactness toy constrain peer bytes complete ensemble}; do
   case $part in
   profile) python benchmarks/forward_cost.py ;;
   speed)
@@ -39,8 +39,31 @@ for part in ${*:-profile speed accepted spectr exactness}; do
     python benchmarks/exactness.py
     python benchmarks/exactness.py --dtype bfloat16
     ;;
+  toy) python benchmarks/awrs_toy.py ;;
+  constrain)
+    tokenmill bench constrain --limit 6 --methods plain,mask,llguidance,lcd,rerank,awrs,awrs:n_particles=1 --out runs/constrain
+    keep constrain
+    ;;
+  peer) python benchmarks/peers/compare_awrs.py ;; # `make peers` first
+  bytes)
+    tokenmill bench bytes --limit 1000 --cut mid-token --methods plain,healing,byte-level-probabilities --out runs/bytes
+    for cut in boundary closed; do
+      tokenmill bench bytes --limit 200 --cut $cut --methods plain,healing,byte-level-probabilities --out runs/bytes
+    done
+    keep bytes
+    ;;
+  complete)
+    tokenmill bench bytes --measure complete --limit 200 \
+      --methods plain,healing,transformers-healing,byte-level-probabilities --out runs/complete
+    keep complete
+    ;;
+  ensemble)
+    tokenmill bench bytes --other python-target --limit 300 --cut mid-token \
+      --methods byte-level-probabilities,other,ensemble,ensemble:rule=product --out runs/ensemble
+    keep ensemble
+    ;;
   *)
-    echo "unknown part $part: profile, speed, accepted, spectr, exactness" >&2
+    echo "unknown part $part: profile, speed, accepted, spectr, exactness, toy, constrain, peer, bytes, complete, ensemble" >&2
     exit 2
     ;;
   esac

@@ -158,8 +158,100 @@ def pair() -> str:
     return table(["model", "weights", "steps", "training", "held-out bits per byte"], rows)
 
 
-_ALL = (speed, short, profile, accepted, exactness, spectr, pair)
-TABLES: dict[str, Callable[[], str]] = {one.__name__: one for one in _ALL}
+def awrs_toy() -> str:
+    """KL to the posterior by particles, and the mean weight against the normaliser."""
+    found = lines("awrs-toy")
+    cells = {(line["method"], line["n_particles"]): line for line in found if line["what"] == "kl"}
+    if not cells:
+        return ""
+    counts = sorted({n for _, n in cells})
+    names = {"auto": "AWRS", "paper": "AWRS, the paper's estimator", "lcd": "masked sampling (LCD)"}
+    rows = []
+    for method, title in names.items():
+        shown = [cells[method, n] for n in counts]
+        rows.append([title, *(f"{c['kl']:.3f} / {c['kl_of_mean_law']:.4f}" for c in shown)])
+    head = ["KL to the posterior: one run's estimate / law of the estimates' mean", *(f"N = {n}" for n in counts)]
+    weights = [line for line in found if line["what"] == "weight"]
+    mean = table(
+        ["estimator, 4 particles", "mean weight", "normaliser", "standard errors apart"],
+        (
+            [
+                w["method"],
+                f"{w['mean_weight']:.4f} ({w['runs']:,} runs)",
+                f"{w['normaliser']:.4f}",
+                f"{w['errors_away']:+.1f}",
+            ]
+            for w in weights
+        ),
+    )
+    return table(head, rows) + "\n" + mean + provenance(found)
+
+
+def constrain() -> str:
+    """Checks, own time and quality by kind of constraint."""
+    found = lines("constrain")
+    kinds = list(dict.fromkeys(line["data"]["kind"] for line in found))
+    rows = []
+    for kind in kinds:
+        here = {label(line): line for line in found if line["data"]["kind"] == kind}
+        for name, line in here.items():
+            cost, quality = line["cost"], line["quality"]
+            checks = f"{cost['checks_per_token']:,.1f}" if name not in ("plain", "llguidance") else ""
+            if "checks_median" in cost:
+                checks += f" (median {cost['checks_median']:.0f})"
+            exact = f"{quality['exact']:.0%}" if "exact" in quality else ""
+            valid = f"{quality['valid']:.0%}"
+            good = ["", ""] if name == "mask" else [valid, exact]
+            times = [f"{cost['own_ms_per_step']:,.1f}", f"{cost['ms_p50']:,.0f}"]
+            rows.append([kind, f"`{name}`", checks, *times, *good])
+    head = ["constraint", "method", "checks a token", "own ms a step", "ms a text", "valid", "right line"]
+    return table(head, rows) + provenance(found)
+
+
+def awrs_peer() -> str:
+    """Ours and the authors' library on one machine."""
+    found = lines("awrs-peer")
+    rows = [
+        [line["predicate"], line["side"], f"{line['ms_p50']:,.0f}", f"{line['ms_per_token_p50']:.1f}",
+         f"{line['checks_per_token']:.1f}"] for line in found if line["what"] == "speed"
+    ]  # fmt: skip
+    means = [line for line in found if line["what"] == "mean weight"]
+    text = "; ".join(f"{m['side']} {m['value']:.5f} ± {m['standard_error']:.5f}" for m in means)
+    head = ["predicate", "side", "ms a call", "ms a token", "checks a token"]
+    note = f"\nMean weight of {means[0]['runs']} runs (estimates of one normaliser): {text}.\n" if means else ""
+    return table(head, rows) + note + provenance(found)
+
+
+def _cuts(name: str, quality: tuple[str, ...], titles: tuple[str, ...]) -> str:
+    found = lines(name)
+    rows = []
+    for line in found:
+        shown = [f"{line['quality'][q]:.3f}" for q in quality]
+        cost = line["cost"]
+        leak = f"{cost['leak']:.1%}" if line["method"] == "byte-level-probabilities" and "leak" in cost else ""
+        rows.append([line["data"]["kind"], f"`{label(line)}`", str(line["n"]), *shown, f"{cost['ms_p50']:,.0f}",
+                     f"{cost['model_calls']:.1f}", leak])  # fmt: skip
+    head = ["cut", "method", "cuts", *titles, "ms", "model calls", "leak"]
+    return table(head, rows) + provenance(found)
+
+
+def bytes_() -> str:
+    """Bits of the next byte by cut."""
+    return _cuts("bytes", ("bits", "top1"), ("bits", "likeliest byte is right"))
+
+
+def complete() -> str:
+    """The rest of the line."""
+    return _cuts("complete", ("exact", "similarity"), ("exact", "edit similarity"))
+
+
+def ensemble() -> str:
+    """Two models and their average."""
+    return _cuts("ensemble", ("bits", "top1"), ("bits", "likeliest byte is right"))
+
+
+_ALL = (awrs_toy, constrain, awrs_peer, complete, ensemble, speed, short, profile, accepted, exactness, spectr, pair)
+TABLES: dict[str, Callable[[], str]] = {one.__name__: one for one in _ALL} | {"bytes": bytes_}
 
 
 def main() -> int:

@@ -11,6 +11,7 @@ standard error.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import statistics
@@ -83,13 +84,12 @@ class Ours:
         )
         ids = self.torch.tensor([request["prompt_ids"]])
         start = time.perf_counter()
-        try:
+        # All particles may die, on either side; the posterior is empty then.
+        with contextlib.suppress(self.tm.decode.NoValidContinuation):
             self.model.generate(
                 ids, attention_mask=self.torch.ones_like(ids), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
                 max_new_tokens=request["max_tokens"], custom_generate=decoder,
             )  # fmt: skip
-        except self.tm.decode.NoValidContinuation:
-            pass  # so it goes with either side; the posterior is empty
         ms = (time.perf_counter() - start) * 1e3
         found, trace = decoder.sequences, decoder.trace
         posterior = {text.hex(): p for text, p in found.posterior().items()}
