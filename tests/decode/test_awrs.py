@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, StoppingCriteriaList, TemperatureLogitsWarper
+from transformers import (
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+)
 from transformers.cache_utils import DynamicCache
 
 from tests.decode.chance import chi_square, joint_law
@@ -84,7 +90,7 @@ class Follows:
 def request_of(model: Any, ids: Tensor, **kwargs: Any) -> Request:
     """What generate would hand over."""
     given = {"past_key_values": DynamicCache(config=model.config), "use_cache": True} | kwargs
-    processors = LogitsProcessorList([TemperatureLogitsWarper(1.3)])
+    processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.5), TemperatureLogitsWarper(1.3)])
     return Request(model, ids, processors, StoppingCriteriaList(), model.generation_config, given)
 
 
@@ -132,6 +138,18 @@ def test_left_padding_and_gapped_positions_are_followed(kind: str) -> None:
                 particles.step(torch.tensor([first]))
                 laws.append(particles.step(torch.tensor([second])))
         assert torch.allclose(laws[0], torch.cat(laws[1:]), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_makes_no_difference_also_without_positions(kind: str) -> None:
+    """A proposal model is given no positions: they follow the mask."""
+    model, ids, laws = tiny(kind, seed=3, dtype=torch.float64), prompt(9), []
+    ids[:, :3] = ids[:, 3]  # the penalty for repetition reads padding too
+    for text, given in ((ids, {"attention_mask": torch.tensor([[0] * 3 + [1] * 6])}), (ids[:, 3:], {})):
+        particles = Particles("test", request_of(model, text, **given), SMCTrace())
+        laws.append((particles.start(2), particles.step(torch.tensor([5, 6])), particles.step(torch.tensor([7, 8]))))
+    for padded, bare in zip(*laws, strict=True):
+        assert torch.allclose(padded, bare, atol=1e-6)
 
 
 def exact_masses(model: Any, language: Language, most: int) -> dict[bytes, float]:
@@ -284,6 +302,8 @@ def test_length_and_the_callers_criteria_stop_exactly(zoo: Zoo) -> None:
     made = generate(model, ids, small(), max_new_tokens=12, stopping_criteria=StoppingCriteriaList([stop]))
     assert made[0].tolist() == plain[:16]
     assert stop.lengths == list(range(11, 17))
+    sooner = StoppingCriteriaList([MaxLengthCriteria(14)])
+    assert generate(model, ids, small(), max_new_tokens=12, stopping_criteria=sooner)[0].tolist() == plain[:14]
     for n in (1, 2, 5):
         assert generate(model, ids, AWRS(mod_three(), BYTES), max_new_tokens=n, **SAMPLED).shape[1] == 10 + n
 
@@ -387,7 +407,7 @@ def test_there_are_no_sequences_before_the_first_call() -> None:
 
 
 def test_logits_that_are_not_finite_keep_the_particles(zoo: Zoo) -> None:
-    model, ids, decoder = tiny("llama", seed=3), prompt(5), AWRS(mod_three(), BYTES)
+    model, ids, decoder = tiny("llama", seed=3), prompt(5), AWRS(mod_three(), BYTES, seed=1)
     calls: list[int] = []
 
     def spoil(module: Any, args: Any, output: Any) -> Any:
@@ -402,7 +422,9 @@ def test_logits_that_are_not_finite_keep_the_particles(zoo: Zoo) -> None:
         handle.remove()
     assert isinstance(caught.value.partial, WeightedSequences)
     assert {len(i) for i in caught.value.partial.sequences} == {3}
-    assert len(decoder.trace.tokens_so_far) == 3
+    heaviest = int(decoder.sequences.log_weights.argmax())
+    assert heaviest > 0
+    assert decoder.trace.tokens_so_far == decoder.sequences.sequences[heaviest]
 
 
 def test_an_error_of_the_constraint_ends_the_streamer_and_keeps_the_particles(zoo: Zoo) -> None:

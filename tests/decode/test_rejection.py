@@ -354,6 +354,10 @@ def test_uniform_numbers_at_both_ends_find_a_token(monkeypatch: pytest.MonkeyPat
         candidate = row.propose()
         assert candidate is not None
         assert candidate.token == token
+        # the same behind sums that were made anew: the second token is drawn from those
+        first, second = (0.95, 0.05) if value == 0 else (0.05, 0.95)
+        anew = DrawTable(logs([0.0, first, second, 0.0])[None]).row(0)
+        assert lazy_order(anew) == ([1, 2] if value == 0 else [2, 1])
 
 
 def test_events_are_merged_and_blocked_tokens_have_no_mass() -> None:

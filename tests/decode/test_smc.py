@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import cache
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from tests.decode.chance import chi_square
 from tokenmill.decode._oracle import Oracle
-from tokenmill.decode._population import Population, SMCTrace
+from tokenmill.decode._population import Particle, Population, SMCTrace
 from tokenmill.decode._potential import ContractError
 from tokenmill.decode._rejection import Method
 from tokenmill.decode._smc import Sampler, SMCSettings, smc
@@ -268,6 +270,9 @@ def test_a_critic_multiplies_the_target(threshold: float, early: float) -> None:
     masses = exact(wild(5), OPEN, critic=lambda text: scores.get(text, 0.0))
     assert_unbiased(runs, masses)
     assert b"bb" not in masses
+    dead = [run.finished[i] for run in runs for i, text in enumerate(run.texts) if text == b"bb" and not run.weights[i]]
+    assert dead
+    assert not any(dead)
     assert b"b" in critic.asked
     assert (threshold > 0) == (b"a" in critic.asked)
 
@@ -300,6 +305,59 @@ def test_which_end_token_follows_their_shares() -> None:
     p = law(())[[END, STOP]].softmax(0).tolist()
     assert chi_square(dict(seen), {(END,): p[0], (STOP,): p[1]}) > 1e-3
     assert all(run.log_ml == pytest.approx(float(law(())[[END, STOP]].logsumexp(0))) for run in runs)
+
+
+def test_all_end_tokens_weigh_together_also_where_they_are_forced_or_proposed() -> None:
+    law, language = wild(8, 7), Language([b""])
+    both = float(law(())[[END, STOP]].logsumexp(0))
+    settings: dict[str, Any] = {"tokens": MORE, "eos_ids": [STOP, END], "method": "recursive"}
+    for extra in ({"max_tokens": 1}, {"max_tokens": 2}, {"proposal": Table(wild(9, 7))}):
+        (run,) = many(1, law, language, **settings, **extra)
+        assert run.log_weights.tolist() == pytest.approx([both] * 4)
+
+
+def test_an_unfinished_text_has_the_critics_score_of_a_prefix() -> None:
+    everything = Language([bytes(t) for n in range(4) for t in product(b"ab", repeat=n)])
+    for threshold in (0.0, 0.1):
+        critic = Likes(dict.fromkeys(everything.strings, 100.0), 0.25)
+        settings: dict[str, Any] = {"eos_ids": [], "max_tokens": 2, "ess_threshold": threshold, "critic": critic}
+        (run,) = many(1, lambda text: wild(2)(text)[:2].log_softmax(0), everything, method="recursive", **settings)
+        assert run.log_weights.tolist() == pytest.approx([0.25 * text.count(b"b") for text in run.texts])
+
+
+def test_answers_are_remembered_within_a_step_and_their_states_with_them() -> None:
+    """A state that nobody else holds must not make room for another with its address."""
+
+    class Fresh:
+        def allows(self, data: bytes) -> bool:
+            return data == b"a"
+
+        def advance(self, data: bytes) -> Fresh:
+            return Fresh()
+
+        def accepting(self) -> bool:
+            return False
+
+    trace = SMCTrace()
+    oracle, particle = Oracle("test", EXACT, LETTERS, [END], trace), Particle(Fresh(), 0)
+    held = weakref.ref(particle.state)
+    for _ in range(3):
+        assert (oracle.accepts(particle, A), oracle.accepts(particle, B), oracle.accepts(particle, END)) == (1, 0, 0)
+    assert trace.checks == 3
+    first, second = particle.copy(), particle.copy()
+    oracle.advance(first, A)
+    oracle.advance(second, A)
+    assert first.state is second.state
+    particle.state = first.state
+    del first, second
+    gc.collect()
+    assert held() is not None
+    oracle.forget()
+    assert held() is None
+    oracle.accepts(particle, A)
+    oracle.forget()
+    oracle.accepts(particle, A)
+    assert trace.checks == 5
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 4])

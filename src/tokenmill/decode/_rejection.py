@@ -7,9 +7,8 @@ Three estimators do so; the weights below are written with the mass that is left
 
 - ``paper``: R tokens are rejected before the first valid x, then, without them and with x still there, n more before
   the next valid one (any, also x): w = left behind the first loop / (R + n + 1).
-- ``recursive``: one more token y is looked at behind x, without x: w = left before x if y is valid or nothing is
-  left, else p(x). (The product of the (1 - q) of the rejected tokens is the share that is left, so no product is
-  needed.)
+- ``recursive``: one more token y is looked at behind x, without x: w = left before x if y is valid, else p(x). (The
+  product of the (1 - q) of the rejected tokens is the share that is left, so no product is needed.)
 - ``geometric``: draws with replacement, in which hits of rejected tokens are counted and not checked, until
   ``max_accepts`` valid or ``max_rejects`` other ones: w = min(max_accepts - 1, accepted) / (accepted + rejected - 1).
 """
@@ -178,8 +177,8 @@ def _recursive(row: Draws, accept: Accept, limit: float) -> tuple[int, float]:
                 # The next rejection would have ended it: here the token stands for all that is left.
                 return candidate.token, left
             row.remove()
-            behind = row.propose()
-            return candidate.token, left if behind is None or accept(behind.token) else candidate.log_mass
+            behind = row.propose()  # None: x is all that was left, and its mass is what is left
+            return candidate.token, left if behind is not None and accept(behind.token) else candidate.log_mass
         row.remove()
         rejects += 1
         if rejects == limit:
