@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
+from itertools import product
 from typing import Any
 
 import pytest
@@ -539,6 +540,28 @@ def test_the_processor_starts_anew_with_a_new_prompt_and_reads_again_what_change
     assert fixed.log_weights.shape == (2,)
     with pytest.raises(LimitError, match="prompt_length"):
         fixed(torch.tensor([[3, 0, 0], [3, 0, 0]]), scores)  # "aa" is in no word
+
+
+def test_weights_of_tokens_that_stay_are_kept_when_a_row_changes() -> None:
+    some = letters(*(bytes(t) for n in (1, 2, 3, 4) for t in product(b"ab", repeat=n)))  # the empty text is not one
+    processor = AWRSLogitsProcessor(some, FOUR, prompt_length=1, seed=2, eos_token_id=END)
+    scores = torch.tensor([[0.1, 0.2, -4.0, 0.3]])
+
+    def call(*text: int) -> tuple[int, float, float]:
+        """The token, its weight, and what the tokens before it weigh."""
+        token = int(processor(torch.tensor([[3, *text]]), scores).argmax())
+        drawn = processor._rows[0].drawn
+        assert drawn is not None
+        return token, drawn[1], float(processor.log_weights[0]) - drawn[1]
+
+    first, weight, before = call()
+    assert before == 0.0
+    assert weight < 0.0
+    second, _, before = call(first)
+    assert before == pytest.approx(weight)
+    for other in {0, 1, 2} - {second}:
+        assert call(first, other)[2] == pytest.approx(weight)  # a token that was not drawn here weighs 1
+    assert call(first)[2] == pytest.approx(weight)
 
 
 def test_beams_are_constrained_too() -> None:

@@ -344,6 +344,12 @@ def test_answers_are_remembered_within_a_step_and_their_states_with_them() -> No
     for _ in range(3):
         assert (oracle.accepts(particle, A), oracle.accepts(particle, B), oracle.accepts(particle, END)) == (1, 0, 0)
     assert trace.checks == 3
+    left = Particle(Fresh(), 1)
+    asked = weakref.ref(left.state)
+    oracle.accepts(left, A)
+    del left
+    gc.collect()
+    assert asked() is not None
     first, second = particle.copy(), particle.copy()
     oracle.advance(first, A)
     oracle.advance(second, A)
@@ -357,7 +363,7 @@ def test_answers_are_remembered_within_a_step_and_their_states_with_them() -> No
     oracle.accepts(particle, A)
     oracle.forget()
     oracle.accepts(particle, A)
-    assert trace.checks == 5
+    assert trace.checks == 6
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 4])
