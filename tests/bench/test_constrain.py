@@ -112,6 +112,9 @@ def test_bad_requests() -> None:
             made.check(MethodSpec.parse(text))
     with pytest.raises(LimitError, match="mask_tokens"):
         Options(mask_tokens=0)
+    for source in ("no_such_module:f", "json:no_such_name", "json", "json:__name__"):
+        with pytest.raises(LimitError, match="predicate"):
+            asked.build("predicate", source)
     with pytest.raises(LimitError, match="dates"):
         task(data="dates").kinds()
     with pytest.raises(LimitError, match="at most"):

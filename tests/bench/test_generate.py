@@ -123,6 +123,12 @@ def test_bad_specs_are_refused(data: Path, spec: str, message: str) -> None:
         _task(data).check(MethodSpec.parse(spec))
 
 
+@pytest.mark.parametrize(("slug", "task"), [("awrs", "constrain"), ("byte-level-probabilities", "bytes")])
+def test_methods_of_other_tasks_are_sent_there(data: Path, slug: str, task: str) -> None:
+    with pytest.raises(UnsupportedError, match=f"belongs to the task {task}. Use bench {task}|not a decoder"):
+        _task(data).check(MethodSpec(slug))
+
+
 @pytest.mark.parametrize(
     ("slug", "message"), [("spectr", "--draft"), ("assisted", "--draft"), ("stock", "without packed layers")]
 )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,8 +40,8 @@ class Constraint:
         """The constraint itself.
 
         Raises:
-            BadParameter: none or more than one, or a file or function that is not there.
-            LimitError: the constraint cannot be read.
+            BadParameter: none or more than one, or a file that is not there.
+            LimitError: the constraint cannot be read, or the function is not there.
         """
         if len(self.given) != 1:
             names = "--regex, --json-schema, --grammar, --predicate or --python"
@@ -57,7 +55,9 @@ class Constraint:
         if self.grammar is not None:
             return decode.grammar(_read(self.grammar))
         if self.predicate is not None:
-            return decode.predicate(_function(self.predicate), name=self.predicate)
+            from tokenmill.decode._predicate import named_function
+
+            return decode.predicate(named_function("run", self.predicate), name=self.predicate)
         return decode.python_prefix()
 
 
@@ -70,25 +70,6 @@ def _read(path: Path) -> str:
 def _schema(given: str) -> str:
     """The schema's text: what was given, or the file of that name."""
     return given if given.lstrip().startswith(("{", "true", "false")) else _read(Path(given))
-
-
-def _function(given: str) -> Any:
-    """The function ``module:name``, from the current folder or an installed package."""
-    module, colon, name = given.partition(":")
-    if not (module and colon and name):
-        raise typer.BadParameter(f"--predicate takes module:function, not {given!r}")
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        found: Any = importlib.import_module(module)
-        for part in name.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise typer.BadParameter(f"--predicate {given}: {error}") from error
-    finally:
-        sys.path.pop(0)
-    if not callable(found):
-        raise typer.BadParameter(f"--predicate {given} is a {type(found).__name__}, not a function from text to bool")
-    return found
 
 
 @dataclass(frozen=True, slots=True)

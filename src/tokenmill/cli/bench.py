@@ -49,9 +49,10 @@ def _command(task: str) -> Any:
     def command(*, methods: str, out: Path, sweep: str, as_json: bool, **given: Any) -> None:
         _run(task, methods, out, sweep, as_json, {k: v for k, v in given.items() if v != defaults[k]})
 
+    some = ",".join(module.Task.BASELINES[:3])
     command.__doc__ = (
         f"{inspect.getdoc(module.Task)}\n\n"
-        f"Example: [bold]tokenmill bench {task} --limit 3 --methods plain,prompt-lookup --out runs/[/bold]"
+        f"Example: [bold]tokenmill bench {task} --limit 3 --methods {some} --out runs/[/bold]"
     )
     own = {
         "methods": (Annotated[str, typer.Option(help=_METHODS)], "plain"),

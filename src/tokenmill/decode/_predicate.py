@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,6 +40,29 @@ def predicate(
         if not (callable(function) or (function is None and parameter == "complete_fn")):
             raise LimitError("predicate", parameter, function, "a function from text to bool")
     return _Predicate(prefix_fn, complete_fn, name or getattr(prefix_fn, "__qualname__", repr(prefix_fn)))
+
+
+def named_function(where: str, name: str) -> Callable[..., Any]:
+    """The function ``module:name``, from the current folder or an installed package. Importing runs the module.
+
+    Raises:
+        LimitError: no such module, no such name, or not a function.
+    """
+    module, colon, inner = name.partition(":")
+    if not (module and colon and inner):
+        raise LimitError(where, "predicate", name, "written module:function")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        found: Any = importlib.import_module(module)
+        for part in inner.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise LimitError(where, "predicate", name, f"a function that can be imported: {error}") from error
+    finally:
+        sys.path.pop(0)
+    if not callable(found):
+        raise LimitError(where, "predicate", name, f"a function from text to bool, not a {type(found).__name__}")
+    return found
 
 
 class _Predicate:

@@ -11,6 +11,7 @@ from functools import cache
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -203,9 +204,7 @@ class _Guided:
     """A mask of llguidance."""
 
     def __init__(self, matcher: Any, ends: list[int]) -> None:
-        import llguidance.torch
-
-        self.matcher, self.ends, self.guide = matcher, ends, llguidance.torch
+        self.matcher, self.ends = matcher, ends
         self.seen: int | None = None
         self.checks = 0
 
@@ -213,13 +212,13 @@ class _Guided:
         if self.seen is not None:
             self.matcher.consume_token(int(input_ids[0, -1]))
         self.seen = input_ids.shape[1]
-        bitmask = self.guide.allocate_token_bitmask(1, scores.shape[1])
-        self.guide.fill_next_token_bitmask(self.matcher, bitmask, 0)
-        masked = scores.float().clone()
-        self.guide.apply_token_bitmask_inplace(masked, bitmask)
+        # llguidance's own kernel would be compiled at its first call, for which not every machine has what it takes.
+        bits = np.frombuffer(self.matcher.compute_bitmask(), dtype=np.uint8)
+        allowed = np.unpackbits(bits, bitorder="little")[: scores.shape[1]].astype(bool)  # (V,)
+        masked = torch.full_like(scores, -torch.inf)
+        masked[0, : len(allowed)] = scores[0, : len(allowed)].masked_fill(~torch.from_numpy(allowed), -torch.inf)
         # A line break ends the text, wherever the end token may come.
-        ending = scores[:, self.ends].float()
-        masked[:, self.ends] = ending if self.matcher.is_accepting() else torch.full_like(ending, -torch.inf)
+        masked[:, self.ends] = scores[:, self.ends] if self.matcher.is_accepting() else -torch.inf
         return masked
 
 

@@ -119,13 +119,11 @@ def build(kind: str, source: str) -> Any:
 
 
 def _predicate(source: str) -> Any:
-    import importlib
-
     from tokenmill import decode
+    from tokenmill.decode._predicate import named_function
 
-    module, _, name = source.partition(":")
-    function: Callable[[str], bool] = getattr(importlib.import_module(module), name)
-    return decode.predicate(lambda text: one_line(text) and bool(function(text)), name=source)
+    function = named_function("bench constrain", source)
+    return decode.predicate(lambda text: one_line(text) and function(text), name=source)
 
 
 def _python(_: str) -> Any:

@@ -139,6 +139,9 @@ class Task:
             card = catalog.card(spec.slug)
             if card.kind != "decoder":
                 raise UnsupportedError("bench generate", f"{spec.slug} is a {card.kind}, not a decoder")
+            if card.task != self.name:
+                what = f"{spec.slug} belongs to the task {card.task}"
+                raise UnsupportedError("bench generate", what, f"Use bench {card.task}.")
             params = settings.from_text(spec.slug, catalog.method(spec.slug), spec.params)
             needs = card.needs
             if "draft_model" not in needs:
