@@ -118,6 +118,11 @@ class Machine:
             if lo == hi:
                 return None
             return Context(ids, node, end, logp, lo, hi, law.by_id[v.order[lo:hi]])
+        return self.whole(ids, node, end, logp, law)
+
+    def whole(self, ids: tuple[int, ...], node: Any, end: int, logp: float, law: Law) -> Context:
+        """A context that ends where x does: any token may come."""
+        v = self.vocabulary
         spelled = law.by_id[v.order]
         sums = spelled.new_zeros(SLOTS).index_add_(0, v.first, spelled.exp())
         sums[END] = law.by_id[v.end].exp().sum()
@@ -223,8 +228,7 @@ class Covers:
         made = []
         for (before, token, logp), node, row in zip(ended, nodes, logits, strict=True):
             ids = (*before.ids, token)
-            new = machine.context(ids, node, self.length + 1, logp, machine.law(ids, row), b"")
-            made += [new] if new is not None else []
+            made.append(machine.whole(ids, node, self.length + 1, logp, machine.law(ids, row)))
         return made
 
 
@@ -329,9 +333,8 @@ def start_all(machine: Machine, x: bytes, hard: Sequence[int], ids: Sequence[int
         spelled: bytes of x that they spell.
     """
     nodes, logits = machine.contexts.prefill([*hard, *ids])
-    first = machine.context(tuple(ids), nodes[-1], 0, 0.0, machine.law(tuple(ids), logits[-1]), b"")
-    assert first is not None
-    covers = Covers(machine, spelled, (replace(first, end=spelled),))
+    first = machine.whole(tuple(ids), nodes[-1], spelled, 0.0, machine.law(tuple(ids), logits[-1]))
+    covers = Covers(machine, spelled, (first,))
     for byte in x[spelled:]:
         covers = covers.push(byte)
     return covers
