@@ -33,7 +33,7 @@ def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
 def test_a_posterior_is_printed_beside_a_plain_sample(call: Call) -> None:
     code, out, err = call("awrs", *MODEL, *FOUR_DIGITS, "--set", "n_particles=10")
     assert code == 0, err
-    weights = [float(w) for w, _ in re.findall(r'^(0\.\d+|1\.000) +"(\d{4})" *$', out, flags=re.MULTILINE)]
+    weights = [float(w) for w, _ in re.findall(r'^ *(0\.\d+|1\.000) +"(\d{4})" *$', out, flags=re.MULTILINE)]
     assert weights
     assert sum(weights) == pytest.approx(1.0, abs=0.01)
     assert weights == sorted(weights, reverse=True)
