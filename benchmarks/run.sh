@@ -48,7 +48,7 @@ for part in ${*:-profile speed accepted spectr exactness toy constrain peer byte
   bytes)
     tokenmill bench bytes --limit 1000 --cut mid-token --methods plain,healing,byte-level-probabilities --out runs/bytes
     for cut in boundary closed; do
-      tokenmill bench bytes --limit 200 --cut $cut --methods plain,healing,byte-level-probabilities --out runs/bytes
+      tokenmill bench bytes --limit 100 --cut $cut --methods plain,healing,byte-level-probabilities --out runs/bytes
     done
     keep bytes
     ;;
@@ -58,7 +58,7 @@ for part in ${*:-profile speed accepted spectr exactness toy constrain peer byte
     keep complete
     ;;
   ensemble)
-    tokenmill bench bytes --other python-target --limit 300 --cut mid-token \
+    tokenmill bench bytes --other python-target --limit 100 --cut mid-token \
       --methods byte-level-probabilities,other,ensemble,ensemble:rule=product --out runs/ensemble
     keep ensemble
     ;;

@@ -227,11 +227,11 @@ def _cuts(name: str, quality: tuple[str, ...], titles: tuple[str, ...]) -> str:
     rows = []
     for line in found:
         shown = [f"{line['quality'][q]:.3f}" for q in quality]
-        cost = line["cost"]
-        leak = f"{cost['leak']:.1%}" if line["method"] == "byte-level-probabilities" and "leak" in cost else ""
-        rows.append([line["data"]["kind"], f"`{label(line)}`", str(line["n"]), *shown, f"{cost['ms_p50']:,.0f}",
-                     f"{cost['model_calls']:.1f}", leak])  # fmt: skip
-    head = ["cut", "method", "cuts", *titles, "ms", "model calls", "leak"]
+        cost, ours = line["cost"], line["method"] == "byte-level-probabilities"
+        leak = f"{cost['leak']:.1%}" if ours and "leak" in cost else ""
+        counts = [f"{cost['model_calls']:.1f}", f"{cost['positions']:.0f}", leak]
+        rows.append([line["data"]["kind"], f"`{label(line)}`", str(line["n"]), *shown, *counts])
+    head = ["cut", "method", "cuts", *titles, "model calls", "positions, prompt included", "leak"]
     return table(head, rows) + provenance(found)
 
 
