@@ -59,7 +59,10 @@ def test_every_method_runs(tmp_path: Path) -> None:
     found = {line.method: line for line in lines if line.data["kind"] == "numbers"}
     assert found["mask"].cost["checks_per_token"] == 2048
     assert found["awrs"].cost["checks_per_token"] < 200
-    assert found["awrs"].cost["own_ms"] > 0
+    for line in found.values():
+        assert 0 <= line.cost["constraint_ms"] <= line.cost["own_ms"]
+        assert (line.cost["constraint_ms"] == 0) == (line.method == "plain")
+        assert line.cost["constraint_ms_per_step"] * line.cost["tokens"] == pytest.approx(line.cost["constraint_ms"])
     assert found["llguidance"].cost["checks"] == 0
 
 

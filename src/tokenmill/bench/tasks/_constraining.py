@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -69,6 +69,38 @@ class Setting:
         return data
 
 
+class Timed:
+    """A constraint, or one of its states, that takes down how long its answers take. The answers are its own."""
+
+    def __init__(self, asked_one: Any, spent: list[float]) -> None:
+        self.asked_one, self.spent = asked_one, spent
+
+    def prefix(self, context: bytes, /) -> float:
+        return self._take(self.asked_one.prefix, context)
+
+    def complete(self, context: bytes, /) -> float:
+        return self._take(self.asked_one.complete, context)
+
+    def start(self) -> Timed:
+        return Timed(self._take(self.asked_one.start), self.spent)
+
+    def allows(self, data: bytes, /) -> bool:
+        return self._take(self.asked_one.allows, data)
+
+    def advance(self, data: bytes, /) -> Timed:
+        return Timed(self._take(self.asked_one.advance, data), self.spent)
+
+    def accepting(self) -> bool:
+        return self._take(self.asked_one.accepting)
+
+    def _take(self, question: Callable[..., Any], *about: bytes) -> Any:
+        first = time.perf_counter()
+        try:
+            return question(*about)
+        finally:
+            self.spent[0] += (time.perf_counter() - first) * 1e3
+
+
 @dataclass(slots=True)
 class Sampled:
     """Plain samples; those that satisfy the constraint count, or the only one whatever it is.
@@ -85,7 +117,7 @@ class Sampled:
 
     def run(self, item: Item, /) -> Outcome:
         """Sample, then check."""
-        constraint = asked.build(*item.content.constraint)
+        constraint = Timed(asked.build(*item.content.constraint), checking := [0.0])
         with clock(self.setting.model) as spent:
             rows = self.setting.generate(item, rows=self.rows)
             texts = [self.setting.text(row) for row in rows]
@@ -95,6 +127,7 @@ class Sampled:
         for text in kept:
             posterior[text] = posterior.get(text, 0.0) + 1 / len(kept)
         lengths = [len(row) for row in rows]
+        spent.append(checking[0])
         return _outcome(posterior, constraint, spent, steps=max(lengths), drawn=sum(lengths),
                         checks=self.rows * self.check)  # fmt: skip
 
@@ -115,12 +148,13 @@ class Particles:
         """Generate; when all particles die there is no text."""
         boundary = "prefix" if item.content.open else "eos"
         seed = zlib.crc32(f"{self.setting.seed} {item.id}".encode())
-        constraint = asked.build(*item.content.constraint)
+        constraint = Timed(asked.build(*item.content.constraint), checking := [0.0])
         params = {"boundary": boundary, "seed": seed, **self.params}
         decoder = AWRS(constraint, self.setting.tokenizer, **params)
         # No living particle is an answer of the method: nothing was found.
         with clock(self.setting.model) as spent, suppress(NoValidContinuation):
             self.setting.generate(item, custom_generate=decoder)
+        spent.append(checking[0])
         found, trace = decoder.sequences, decoder.trace
         extra = {"ess": found.ess} | ({"log_ml": found.log_ml} if found.alive else {})
         outcome = _outcome(found.posterior(), constraint, spent, steps=trace.model_calls, drawn=trace.particle_tokens,
@@ -149,6 +183,7 @@ class Masked:
         processor: Any = _Naive(self, constraint) if self.engine == "naive" else self._guided(item)
         with clock(self.setting.model) as spent:
             row = self.setting.generate(item, logits_processor=[processor])[0]
+        spent.append(processor.spent[0])
         text = self.setting.text(row)
         return _outcome({text: 1.0}, constraint, spent, steps=len(row), drawn=len(row), checks=processor.checks)
 
@@ -181,9 +216,10 @@ class _Naive:
     def __init__(self, masked: Masked, constraint: Any) -> None:
         self.tokens, self.ends, self.state = masked.tokens, set(masked.setting.ends), constraint.start()
         self.seen: int | None = None
-        self.checks = 0
+        self.checks, self.spent = 0, [0.0]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        first = time.perf_counter()
         if self.seen is not None:
             last = self.tokens[int(input_ids[0, -1])]
             self.state = self.state.advance(last) if last else self.state
@@ -195,6 +231,7 @@ class _Naive:
         self.checks += len(self.tokens)
         if self.state.accepting():
             keep += self.ends
+        self.spent[0] += (time.perf_counter() - first) * 1e3
         masked = torch.full_like(scores, -torch.inf)
         masked[:, keep] = scores[:, keep]
         return masked
@@ -206,14 +243,16 @@ class _Guided:
     def __init__(self, matcher: Any, ends: list[int]) -> None:
         self.matcher, self.ends = matcher, ends
         self.seen: int | None = None
-        self.checks = 0
+        self.checks, self.spent = 0, [0.0]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        first = time.perf_counter()
         if self.seen is not None:
             self.matcher.consume_token(int(input_ids[0, -1]))
         self.seen = input_ids.shape[1]
         # llguidance's own kernel would be compiled at its first call, for which not every machine has what it takes.
         bits = np.frombuffer(self.matcher.compute_bitmask(), dtype=np.uint8)
+        self.spent[0] += (time.perf_counter() - first) * 1e3
         allowed = np.unpackbits(bits, bitorder="little")[: scores.shape[1]].astype(bool)  # (V,)
         masked = torch.full_like(scores, -torch.inf)
         masked[0, : len(allowed)] = scores[0, : len(allowed)].masked_fill(~torch.from_numpy(allowed), -torch.inf)
@@ -225,14 +264,14 @@ class _Guided:
 def _outcome(
     posterior: Mapping[bytes, float], constraint: Any, spent: list[float], *, steps: int, drawn: int, checks: int
 ) -> Outcome:
-    """What came out; the time that was not the model's is the method's own."""
+    """What came out; the time that was not the model's is the method's own, and the constraint's is a part of that."""
     texts: dict[str, float] = {}
     valid = 0.0
     for data, share in posterior.items():
         text = data.decode("utf-8", errors="replace")
         texts[text] = texts.get(text, 0.0) + share
         valid += share * (constraint.complete(data) == 0)
-    whole, model = spent
+    whole, model, checking = spent
     counts = {
         "tokens": float(steps),
         "particle_tokens": float(drawn),
@@ -240,6 +279,7 @@ def _outcome(
         "asked": float(checks),
         "model_ms": model,
         "own_ms": whole - model,
+        "constraint_ms": checking,
     }
     return Outcome({"posterior": texts, "valid": valid}, counts)
 

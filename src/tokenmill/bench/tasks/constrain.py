@@ -173,9 +173,10 @@ class Task:
         return found
 
     def derive(self, totals: Mapping[str, float], /) -> dict[str, float]:
-        """Checks for each token that was drawn; milliseconds beside the model's, for each step."""
+        """Checks for each token that was drawn; milliseconds of a step: model's, constraint's, all but the model's."""
         drawn, steps = max(totals["particle_tokens"], 1.0), max(totals["tokens"], 1.0)
-        return {"checks_per_token": totals["asked"] / drawn, "own_ms_per_step": totals["own_ms"] / steps}
+        times = {f"{name}_per_step": totals[name] / steps for name in ("model_ms", "constraint_ms", "own_ms")}
+        return {"checks_per_token": totals["asked"] / drawn, **times}
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
