@@ -184,6 +184,22 @@ class Moving:
         return self.dfa.final(self.state)
 
 
+class Hasty:
+    """A state that looks at the first byte only."""
+
+    def __init__(self, state: Any) -> None:
+        self.state = state
+
+    def allows(self, data: bytes) -> bool:
+        return self.state.allows(data[:1])
+
+    def advance(self, data: bytes) -> Hasty:
+        return Hasty(self.state.advance(data))
+
+    def accepting(self) -> bool:
+        return self.state.accepting()
+
+
 def refuses_longer(self: Any, context: bytes) -> float:
     return -math.inf if len(context) > 1 else 0.0
 
@@ -194,6 +210,7 @@ def refuses_longer(self: Any, context: bytes) -> float:
         (b"aa", {"start": lambda self: Moving(self)}, "a state changed"),
         (b"aa", {"start": lambda self: DFA(self.transitions, [False, True, False]).start()}, "accepting and complete"),
         (b"c", {"start": lambda self: DFA(self.transitions[[0]] * 0, [True]).start()}, "allows and prefix differ"),
+        (b"ac", {"start": lambda self: Hasty(DFA.start(self))}, r"start\(\).allows and prefix differ at b'ac'"),
         (b"aa", {"prefix": refuses_longer}, "complete says yes to b'aa', prefix says no"),
         (b"aa", {"complete": lambda self, context: -1.0}, "0 or -inf"),
     ],

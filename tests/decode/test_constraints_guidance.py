@@ -170,6 +170,7 @@ def test_a_grammar_of_sums() -> None:
         ('%import common.INT\nstart: INT "+" start', True),
         ('start: ((a))\na: (b)\nb: a | a "x"', True),
         ("start: | x\nx: x", False),
+        ('start: x y\nx: "a" | "b"\ny: "c" y', True),
         ('start: x | y\nx: "a" x | "b" y\ny: "c" x | "d" y', True),
         ('start: x $ "b"\nx: x', False),
     ],
@@ -328,6 +329,16 @@ def test_a_key_that_is_spelled_another_way_is_still_that_key() -> None:
     assert potential.complete(b'{"a":1,"\\u0061":2}') == 0
     assert potential.complete(b'{"a":1,"\\u0061":"x"}') != 0
     assert potential.complete(b'{"a":1,"c":"x"}') == 0
+
+
+def test_numbers_and_nests_beyond_what_python_reads_are_not_whole() -> None:
+    potential = json_schema(True)
+    assert potential.complete(b"1" * 4000) == 0
+    assert potential.prefix(b"1" * 5000) == 0
+    assert potential.complete(b"1" * 5000) != 0
+    deep = b"[" * 1500 + b"]" * 1500
+    assert potential.prefix(deep) == 0
+    assert potential.complete(deep) != 0
 
 
 def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,8 +19,6 @@ from tokenmill.errors import LimitError, MissingExtraError, UnsupportedError, un
 
 __all__ = ["grammar", "json_schema", "regex"]
 
-# llguidance keeps the byte 0xFF, which no text holds, for special tokens.
-_SPECIAL = 0xFF
 _WHITESPACE: dict[str, dict[str, Any]] = {
     "any": {"whitespace_flexible": True},
     "compact": {"whitespace_flexible": False},
@@ -137,7 +135,7 @@ class _Parsed:
         if not data:
             return self
         moved = self._matcher.deep_copy()
-        if _SPECIAL in data or not moved.consume_tokens(list(data)):
+        if not moved.consume_tokens(list(data)):
             reason = moved.get_error().split("\n")[0] or "it is refused"
             raise LimitError(
                 repr(self._potential),
@@ -154,7 +152,7 @@ class _Parsed:
 
 
 def _takes(matcher: Any, data: bytes) -> bool:
-    return _SPECIAL not in data and matcher.validate_tokens(list(data)) == len(data)
+    return matcher.validate_tokens(list(data)) == len(data)
 
 
 def _import(where: str, package: str) -> Any:
@@ -183,7 +181,7 @@ def _checked(
     name: str, parameter: str, source: Any, matcher: Any, valid: Callable[[bytes], bool] | None = None
 ) -> Potential:
     """The potential, unless it refuses every first byte and the empty text."""
-    if not matcher.is_accepting() and not any(matcher.validate_tokens([byte]) for byte in range(_SPECIAL)):
+    if not matcher.is_accepting() and not any(matcher.validate_tokens([byte]) for byte in range(256)):
         raise _empty(name, parameter, source)
     return _Guided(name, source, matcher, valid)
 

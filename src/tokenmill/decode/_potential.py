@@ -239,10 +239,11 @@ def _score_of(potential: Potential, name: str, context: bytes) -> bool:
 
 
 def _check_states(where: str, start: State, string: bytes, prefixes: list[bool], completes: list[bool]) -> None:
+    for i, allowed in enumerate(prefixes):
+        if start.allows(string[:i]) != allowed:
+            raise ContractError(where, string[:i], "start().allows and prefix differ")
     state, read = start, []
     for i in range(len(string) + 1):
-        if start.allows(string[:i]) != prefixes[i]:
-            raise ContractError(where, string[:i], "start().allows and prefix differ")
         if state.accepting() != completes[i]:
             raise ContractError(where, string[:i], "the state's accepting and complete differ")
         read.append(state)
