@@ -111,7 +111,7 @@ class ByteTokenizerView:
     @cached_property
     def _cut_out(self) -> frozenset[int]:
         engine = self._engine
-        return engine.vocabulary.raw.ids if isinstance(engine, Unsplit) else frozenset()
+        return engine.vocabulary.added.raw.ids if isinstance(engine, Unsplit) else frozenset()
 
     def extend(self, ids: Sequence[int], data: bytes) -> list[int]:
         """Canonical tokens of the bytes of canonical `ids` followed by `data`; encodes only the last words again.
@@ -194,4 +194,4 @@ class ByteTokenizerView:
         column = torch.cat([self.trie.order, torch.tensor(columns, dtype=torch.long)])
         size = (256 + len(stop_ids), len(self))
         ones = torch.ones(row.shape[0], dtype=torch.float64)
-        return torch.sparse_coo_tensor(torch.stack([row, column]), ones, size).coalesce()
+        return torch.sparse_coo_tensor(torch.stack([row, column]), ones, size, check_invariants=False).coalesce()

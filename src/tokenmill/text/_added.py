@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,6 +87,66 @@ class AddedTokens:
             if any(place + n <= end and data[place : place + n] in contents for n in lengths[data[place]]):
                 found[trie.order[r]] = True
         return found
+
+
+Beginnings = tuple[tuple[bytes, ...], tuple[bytes, ...]]
+"""Ends of a text that begin an added token, of the first and of the second round."""
+
+
+class CutOut:
+    """Both rounds: added tokens found in the raw text, then those found between them in the normalised text."""
+
+    def __init__(self, raw: Mapping[bytes, int], normal: Mapping[bytes, int], trie: ByteTrie) -> None:
+        self.raw, self.normal = AddedTokens(raw, trie), AddedTokens(normal, trie)
+        self.ids = self.raw.ids | self.normal.ids
+        self.reach = max(self.raw.longest, self.normal.longest)
+        self._raw = np.zeros(trie.vocab_size, dtype=bool)
+        self._raw[list(self.raw.ids)] = True
+
+    @cached_property
+    def found(self) -> NDArray[np.bool_]:
+        """(V,) bool: the added tokens that can be found; one of the second round may hold one of the first."""
+        mask = np.zeros(self._raw.size, dtype=bool)
+        mask[list(self.normal.ids)] = True
+        return mask & ~self.raw.inside() | self._raw
+
+    def inside(self) -> NDArray[np.bool_]:
+        """(V,) bool: the tokens that contain an added token's content."""
+        return self.raw.inside() | self.normal.inside()
+
+    def begun(self, ids: Sequence[int], tokens: Sequence[bytes | None]) -> Beginnings:
+        """The added tokens that the end of canonical `ids` begins; looks no further back than the longest."""
+        window: list[int] = []
+        need = self.reach - 1
+        for i in reversed(ids):
+            if need <= 0:
+                break
+            window.append(i)
+            need -= len(tokens[i] or b"")
+        if not window:
+            return (), ()
+        window.reverse()
+        raw = self.raw.pending([tokens[i] or b"" for i in window], [i in self.raw.ids for i in window])
+        section = next((k for k in range(len(window), 0, -1) if window[k - 1] in self.raw.ids), 0)
+        inside = window[section:]
+        normal = self.normal.pending([tokens[i] or b"" for i in inside], [i in self.normal.ids for i in inside])
+        return raw, normal
+
+    def block(self, mask: NDArray[np.bool_], begun: Beginnings) -> None:
+        """Take the tokens that would finish an added token begun before them out of `mask` (V,)."""
+        raw, normal = begun
+        for end in normal:
+            blocked = self.normal.blocked(end)
+            mask[blocked[~self._raw[blocked]]] = False
+        for end in raw:
+            mask[self.raw.blocked(end)] = False
+
+    def finishes(self, token: int, begun: Beginnings) -> bool:
+        """Whether `block` would take this token out."""
+        raw, normal = begun
+        if any(token in self.raw.blocked(end) for end in raw):
+            return True
+        return token not in self.raw.ids and any(token in self.normal.blocked(end) for end in normal)
 
 
 def _open_places(tokens: Sequence[bytes], added: Sequence[bool]) -> Iterator[int]:

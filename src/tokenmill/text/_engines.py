@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-from tokenizers import Tokenizer
+import regex
+from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 from tokenmill.errors import UnsupportedError
-from tokenmill.text._added import AddedTokens
+from tokenmill.text._added import CutOut
+from tokenmill.text._classes import GPT2, read_patterns
+from tokenmill.text._cut_masks import CutMasks, Cutting
 from tokenmill.text._encoder import plain_tokenizer, text_encoder
 from tokenmill.text._merges import Merges, Pairs, first_symbols
 from tokenmill.text._pieces import WHERE, Pieces
-from tokenmill.text._ranks import RankEncoder, merge_bytes
+from tokenmill.text._ranks import RankEncoder
 from tokenmill.text._structure import (
     BLANKS_DROPPED,
     DUMMY_PREFIX,
@@ -31,11 +35,17 @@ _HARMLESS = ("NFC", DUMMY_PREFIX)
 
 
 def engine_of(token_bytes: TokenBytes) -> tuple[Unsplit | Pieces, bool]:
-    """The engine of a vocabulary, and whether its texts must begin with a space.
+    """The engine of a vocabulary, built once, and whether its texts must begin with a space.
 
     Raises:
         UnsupportedError: no encoder, or one that changes text so that bytes cannot be given back.
     """
+    if token_bytes.engine is None:
+        token_bytes.engine = _build(token_bytes)
+    return token_bytes.engine
+
+
+def _build(token_bytes: TokenBytes) -> tuple[Unsplit | Pieces, bool]:
     if token_bytes.ranks is not None:
         return _of_ranks(token_bytes, token_bytes.ranks), False
     if token_bytes.json is None:
@@ -53,7 +63,43 @@ def engine_of(token_bytes: TokenBytes) -> tuple[Unsplit | Pieces, bool]:
     byte_ids = _byte_ids(structure) if structure.byte_fallback else {} if structure.kind == "byte-level" else None
     possible = token_bytes.lengths > 0
     cutter = _TokenizerCutter(copy, moved, token_bytes)
-    return Pieces(token_bytes.tokens, token_bytes.trie, cutter, byte_ids, possible), structure.dummy_prefix
+    fast = _cut_masks(token_bytes, structure, cutter) if structure.kind == "byte-level" else None
+    return Pieces(token_bytes.tokens, token_bytes.trie, cutter, byte_ids, possible, fast), structure.dummy_prefix
+
+
+def _cut_masks(token_bytes: TokenBytes, structure: Structure, cutter: _TokenizerCutter) -> CutMasks | None:
+    """Masks by classes of characters, where the patterns can be read and added tokens are plain."""
+    model, patterns = structure.data["model"], []
+    for step in parts(structure.data["pre_tokenizer"]):
+        if step["type"] == "Split":
+            patterns.append(step["pattern"].get("Regex") or re.escape(step["pattern"]["String"]))
+        elif step["type"] == "ByteLevel":
+            patterns += [GPT2] * step.get("use_regex", True)
+        else:
+            return None
+    normal = [step["type"] for step in parts(structure.data["normalizer"])]
+    looks = read_patterns(patterns)
+    if model["type"] != "BPE" or looks is None or not _plain_added(structure) or not {"NFC"}.issuperset(normal):
+        return None
+    text, size = token_bytes.json or "", len(token_bytes)
+    specials = token_bytes.specials
+
+    def pairs() -> Pairs:
+        model = read_structure(text).data["model"]  # read again: keeping it would take hundreds of megabytes
+        vocab = {piece: i for piece, i in model["vocab"].items() if piece not in specials}
+        return _simulate(Merges.from_model(size, model["vocab"], model["merges"]), vocab)[0]
+
+    added = CutOut(*_added(structure, token_bytes), token_bytes.trie)
+    cutting = Cutting(cutter, looks, _probe, added, pairs, bool(model.get("ignore_merges")), "NFC" in normal)
+    return CutMasks(token_bytes.tokens, token_bytes.trie, cutting, token_bytes.lengths > 0)
+
+
+def _probe(atom: str, letters: str) -> list[bool]:
+    """Which letters have a property, by the engine that runs a tokenizer's patterns."""
+    has = [True] * len(letters)
+    for _, (start, stop) in pre_tokenizers.Split(Regex(atom), "removed").pre_tokenize_str(letters):
+        has[start:stop] = [False] * (stop - start)
+    return has
 
 
 def _check_changes(structure: Structure) -> None:
@@ -79,9 +125,12 @@ def _is_unsplit(structure: Structure) -> bool:
     model = structure.data["model"]
     if model["type"] != "BPE" or model.get("ignore_merges"):
         return False
-    if any(a["lstrip"] or a["rstrip"] or a["single_word"] for a in structure.data["added_tokens"] if not a["special"]):
-        return False
-    return all(_cuts_nothing(step, structure) for step in _steps(structure))
+    return _plain_added(structure) and all(_cuts_nothing(step, structure) for step in _steps(structure))
+
+
+def _plain_added(structure: Structure) -> bool:
+    plain = [a for a in structure.data["added_tokens"] if not a["special"]]
+    return not any(a["lstrip"] or a["rstrip"] or a["single_word"] for a in plain)
 
 
 def _cuts_nothing(step: Mapping, structure: Structure) -> bool:
@@ -116,12 +165,11 @@ def _unsplit(
     known = table >= 0
     if structure.space:
         known[0x20] = known[ord(structure.space)]
-    raw, normal = _added(structure, token_bytes)
+    added = CutOut(*_added(structure, token_bytes), trie)
     spelled = Spelled(known) if byte_ids else None
-    added = frozenset(raw.values()) | frozenset(normal.values())
 
     def partial(data: bytes) -> list[int]:
-        ids, rest = _before_last_section(token_bytes, encode, data, added)
+        ids, rest = _before_last_section(token_bytes, encode, data, added.ids)
         return ids + [t.id for t in copy.model.tokenize("".join(_LETTERS[b] for b in rest))]
 
     return Unsplit(
@@ -129,8 +177,7 @@ def _unsplit(
             token_bytes.tokens,
             trie,
             pairs,
-            AddedTokens(raw, trie),
-            AddedTokens(normal, trie),
+            added,
             byte_ids,
             spelled,
             encode,
@@ -190,6 +237,10 @@ class _TokenizerCutter:
             pieces[-1].append(self._moved.get(i, i))
         return [(self._bytes.join(ids), tuple(ids)) for ids in pieces]
 
+    def ends(self, text: str) -> list[int]:
+        cutter = self._copy.pre_tokenizer
+        return [] if cutter is None else [stop for _, (_, stop) in cutter.pre_tokenize_str(text)]
+
     def piece(self, data: bytes) -> tuple[int, ...]:
         return tuple(t.id for t in self._copy.model.tokenize("".join(_LETTERS[b] for b in data)))
 
@@ -206,18 +257,35 @@ class _RankCutter:
     def cut(self, text: str) -> list[tuple[bytes, tuple[int, ...]]]:
         return [(p.encode(), self.piece(p.encode())) for p in self._encoder.pieces(text)]
 
+    def ends(self, text: str) -> list[int]:
+        ends = np.cumsum([len(piece) for piece in self._encoder.pieces(text)], dtype=np.int64).tolist()
+        return ends if ends and ends[-1] == len(text) else []
+
+
+def _rank_probe(atom: str, letters: str) -> list[bool]:
+    has = regex.compile(atom)
+    return [has.fullmatch(letter) is not None for letter in letters]
+
 
 def _of_ranks(token_bytes: TokenBytes, encoder: RankEncoder) -> Unsplit | Pieces:
-    tokens, trie = token_bytes.tokens, token_bytes.trie
-    if encoder.pattern is None:
+    tokens, trie, possible = token_bytes.tokens, token_bytes.trie, token_bytes.lengths > 0
+
+    def pairs() -> Pairs:
         # Latin-1 letters stand for the bytes, so that both kinds of vocabulary are simulated alike.
         vocab = {token.decode("latin-1"): i for token, i in encoder.ranks.items()}
-        pairs, _ = _simulate(Merges.from_ranks(len(tokens), encoder.ranks), vocab)
-        if pairs.reachable[list(encoder.ranks.values())].all():
-            none = AddedTokens({}, trie)
+        return _simulate(Merges.from_ranks(len(tokens), encoder.ranks), vocab)[0]
 
-            def partial(data: bytes) -> list[int]:
-                return list(merge_bytes(encoder.ranks, data))
+    def partial(data: bytes) -> list[int]:
+        return list(encoder.piece(data))
 
-            return Unsplit(Vocabulary(tokens, trie, pairs, none, none, {}, None, encoder, partial))
-    return Pieces(tokens, trie, _RankCutter(encoder), {}, token_bytes.lengths > 0)
+    added, cutter = CutOut({}, {}, trie), _RankCutter(encoder)
+    if encoder.pattern is None:
+        simulated = pairs()
+        if simulated.reachable[list(encoder.ranks.values())].all():
+            return Unsplit(Vocabulary(tokens, trie, simulated, added, {}, None, encoder, partial))
+        return Pieces(tokens, trie, cutter, {}, possible)
+    looks = read_patterns([encoder.pattern])
+    if looks is None:
+        return Pieces(tokens, trie, cutter, {}, possible)
+    cutting = Cutting(cutter, looks, _rank_probe, added, pairs, whole=True, nfc=False)
+    return Pieces(tokens, trie, cutter, {}, possible, CutMasks(tokens, trie, cutting, possible))

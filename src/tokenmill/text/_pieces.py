@@ -1,8 +1,8 @@
 """Tokenizers that cut text into pieces first (GPT-2, Qwen, DeepSeek, tiktoken): validity by encoding again.
 
-Where a piece ends can depend on what follows, so candidates are encoded behind the end of the text, from the last
-place on that later text cannot move. A mask costs one encoding of a few words for each candidate; equal ends of text
-share one.
+Where a piece ends can depend on what follows, so candidates are tried behind the end of the text, from the last place
+on that later text cannot move. BPE behind a pattern that can be read is tried by classes (`CutMasks`); anything else
+costs one encoding of a few words for each candidate. Equal ends of text share a mask.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenmill.text._byte_trie import ByteTrie
+from tokenmill.text._cut_masks import AHEAD, BLANKS, CutMasks
 from tokenmill.text._utf8 import Continuations, likely_character, no_fallback, split, state_after
 
 Bools = NDArray[np.bool_]
@@ -22,6 +23,8 @@ KEPT = 1024
 """Masks that are remembered, of V / 8 bytes each."""
 BACK = 48
 """Tokens that are looked at for the beginning of a word."""
+FAR = 160
+"""Tokens that are looked at where there are no words."""
 WHERE = "ByteTokenizerView"
 _PROBES = (
     "It's the 1st of 12345 words; don't\tstop --  here, they'll say.\n\n  Next line (x_1 = 2.50)  \n",
@@ -58,8 +61,18 @@ class Pieces:
         cutter: Cutter,
         byte_ids: Mapping[int, int] | None,
         candidates: Bools,
+        fast: CutMasks | None = None,
     ) -> None:
-        """`byte_ids`: the byte tokens of a byte fallback; {} where single bytes are symbols; None without either."""
+        """An engine.
+
+        Args:
+            tokens, trie: of the vocabulary.
+            cutter: its encoder.
+            byte_ids: the byte tokens of a byte fallback; {} where single bytes are symbols; None without either.
+            candidates: (V,) the tokens that are not special.
+            fast: gives masks behind whole characters; None encodes each candidate again.
+        """
+        self.fast = fast
         self._tokens, self._cutter, self._byte_ids = tokens, cutter, byte_ids
         self._candidates = candidates
         self._continuations = Continuations(trie)
@@ -106,35 +119,45 @@ class Pieces:
 
     def _mask(self, tail: Sequence[int]) -> Bools:
         before = b"".join(self._tokens[i] or b"" for i in tail)
-        mask = self._candidates & self._continuations.after(state_after(before[_last_lead(before) :]))
-        candidates = np.flatnonzero(mask).tolist()
-        data = [before + (self._tokens[i] or b"") for i in candidates]
-        if self._byte_ids is None:
-            keep = [k for k, d in enumerate(data) if not state_after(d[_last_lead(d) :])]
-            candidates, data = [candidates[k] for k in keep], [data[k] for k in keep]
-        found = self._encode([split(WHERE, d) for d in data])
-        expected = list(tail)
+        state = state_after(before[_last_lead(before) :])
+        if self.fast is not None and not state:
+            return self.fast.mask(tail, self._again)
         out = np.zeros(len(self._tokens), dtype=bool)
-        out[[i for i, ids in zip(candidates, found, strict=True) if ids[-1:] == [i] and ids[:-1] == expected]] = True
-        # Blanks are cut otherwise when something follows: "a\n\n" is one token less than the same before "b".
-        later = [(i, d) for i, d in zip(candidates, data, strict=True) if not out[i] and d[-1:].isspace()]
-        for ahead in _AHEAD if later else ():
-            found = self._encode([split(WHERE, d + ahead.encode()) for _, d in later])
-            stop = len(expected) + 1
-            out[[i for (i, _), ids in zip(later, found, strict=True) if ids[:stop] == [*expected, i]]] = True
+        out[self._again(tail, np.flatnonzero(self._candidates & self._continuations.after(state)).tolist())] = True
         return out
+
+    def _again(self, tail: Sequence[int], candidates: Sequence[int]) -> list[int]:
+        """The candidates that stand behind `tail` when everything is encoded again."""
+        before = b"".join(self._tokens[i] or b"" for i in tail)
+        data = {i: before + (self._tokens[i] or b"") for i in candidates}
+        if self._byte_ids is None:
+            data = {i: d for i, d in data.items() if not state_after(d[_last_lead(d) :])}
+        expected = list(tail)
+        found = self._encode([_split(d) for d in data.values()])
+        good = {i for i, ids in zip(data, found, strict=True) if ids[-1:] == [i] and ids[:-1] == expected}
+        # Blanks are cut otherwise when something follows: "a\n\n" is one token less than the same before "b".
+        later = ((i, d) for i, d in data.items() if i not in good and d[-1] in BLANKS)
+        return [*good, *(i for i, d in later if any(self._before(d, ahead) == [*expected, i] for ahead in AHEAD))]
+
+    def _before(self, data: bytes, ahead: str) -> list[int]:
+        """The tokens of `data` where `ahead` follows and does not merge with it."""
+        if self._byte_ids is None or self._byte_ids:
+            ids, size = self.encode(data.decode() + ahead, b""), 0
+            for count, i in enumerate(ids, start=1):
+                size += len(self._tokens[i] or b"")
+                if size == len(data):
+                    return ids[:count]
+            return []
+        *pieces, (last, _) = self._cutter.cut(data.decode() + ahead)
+        rest = last[: len(last) - len(ahead)]
+        return [i for _, ids in pieces for i in ids] + list(self._cutter.piece(rest) if rest else ())
 
     def openings(self, data: bytes, whole: Sequence[int]) -> list[list[int]]:
         """See `ByteTokenizerView.openings`; `whole` is the encoding of `data`."""
         found = {tuple(whole)}
-        if data[-1:].isspace():
-            for ahead in _AHEAD:
-                ids, size = self.encode(*split(WHERE, data + ahead.encode())), 0
-                for count, i in enumerate(ids, start=1):
-                    size += len(self._tokens[i] or b"")
-                    if size == len(data):
-                        found.add(tuple(ids[:count]))
-        return sorted(map(list, found))
+        if data[-1] in BLANKS:
+            found |= {tuple(self._before(data, ahead)) for ahead in AHEAD}
+        return sorted(list(ids) for ids in found if ids)
 
     def extend(self, ids: Sequence[int], data: bytes) -> list[int] | None:
         """Canonical tokens of the text of `ids` and of `data` behind it, or None where the whole must be encoded."""
@@ -155,9 +178,26 @@ class Pieces:
         after = b""
         for k in range(len(ids) - 1, max(len(ids) - BACK, 0), -1):
             after = ((self._tokens[ids[k]] or b"") + after)[:6]
-            before = self._tokens[ids[k - 1]] or b""
-            if _word_begins(before, after):
+            if _word_begins(self._tokens[ids[k - 1]] or b"", after):
                 return k
+        return self._third_last_piece(ids) if len(ids) > FAR else 0
+
+    def _third_last_piece(self, ids: Sequence[int]) -> int:
+        """Where no words are in sight: a piece with two more behind it, not inside a run of digits or blanks."""
+        start = len(ids) - FAR
+        while start and not _is_boundary(self._tokens[ids[start]]):
+            start -= 1
+        data = b"".join(self._tokens[i] or b"" for i in ids[start:])
+        text, _ = split(WHERE, data)
+        pieces = self._cutter.cut(text)[:-2]
+        ends = np.cumsum([len(t) for _, t in pieces]).tolist()
+        tokens = [i for _, piece in pieces for i in piece]
+        if not pieces or tokens != list(ids[start : start + len(tokens)]):
+            return 0
+        for end, (before, _), (after, _) in zip(ends[-2::-1], pieces[-2::-1], pieces[:0:-1], strict=True):
+            left, right = before.decode(errors="replace")[-1:], after.decode(errors="replace")[:1]
+            if not (left.isspace() or (left.isnumeric() and right.isnumeric())):
+                return start + end
         return 0
 
     def _cuts_at_words(self, probe: str) -> bool:
@@ -169,6 +209,17 @@ class Pieces:
                 if parts[0] + parts[1] != whole:
                     return False
         return True
+
+
+def _split(data: bytes) -> tuple[str, bytes]:
+    try:
+        return data.decode(), b""
+    except UnicodeDecodeError:
+        return split(WHERE, data)
+
+
+def _is_boundary(token: bytes | None) -> bool:
+    return not token or not 0x80 <= token[0] < 0xC0
 
 
 def _word_begins(before: bytes, after: bytes) -> bool:

@@ -47,6 +47,7 @@ class TokenBytes:
         self._make_encoder = encoder
         self.json: str | None = None
         self.rename = False
+        self.engine: Any = None  # of tokenmill.text._engines, which needs this module
         self.ranks: RankEncoder | None = None
 
     @classmethod

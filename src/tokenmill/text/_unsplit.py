@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenmill.text._added import AddedTokens
+from tokenmill.text._added import Beginnings, CutOut
 from tokenmill.text._byte_trie import ByteTrie
 from tokenmill.text._merges import Pairs
 from tokenmill.text._utf8 import Continuations, Spelled, no_fallback, split, state_after
@@ -32,7 +32,7 @@ class Vocabulary:
         tokens: id -> bytes or None.
         trie: of these tokens.
         pairs: the simulated merges.
-        raw, normal: added tokens, found in the raw and in the normalised text.
+        added: added tokens, cut out before BPE.
         byte_ids: byte -> its byte token, {} when the vocabulary has single bytes as ordinary symbols.
         spelled: the characters that byte tokens spell; None without byte tokens.
         encode: text -> ids.
@@ -42,8 +42,7 @@ class Vocabulary:
     tokens: Sequence[bytes | None]
     trie: ByteTrie
     pairs: Pairs
-    raw: AddedTokens
-    normal: AddedTokens
+    added: CutOut
     byte_ids: Mapping[int, int]
     spelled: Spelled | None
     encode: Callable[[str], list[int]]
@@ -57,13 +56,12 @@ class Tail:
     Attributes:
         last: the last token when merges could reach across it, else -1.
         partial: bytes of an unfinished character at the end.
-        raw, normal: beginnings of added tokens at the end, see `AddedTokens.pending`.
+        begun: beginnings of added tokens at the end, see `CutOut.begun`.
     """
 
     last: int
     partial: bytes
-    raw: tuple[bytes, ...]
-    normal: tuple[bytes, ...]
+    begun: Beginnings
 
 
 class Unsplit:
@@ -72,13 +70,10 @@ class Unsplit:
     def __init__(self, vocabulary: Vocabulary) -> None:
         v = self.vocabulary = vocabulary
         self._byte_of = {i: byte for byte, i in v.byte_ids.items()}
-        self._added = v.raw.ids | v.normal.ids
-        size = len(v.tokens)
-        self._plain = v.pairs.reachable & ~v.raw.inside() & ~v.normal.inside()  # (V,) what BPE itself makes
+        self._never = v.added.inside()  # (V,) what added tokens would be cut out of
+        self._plain = v.pairs.reachable & ~self._never  # (V,) what BPE itself makes
         self._plain[[i for i, token in enumerate(v.tokens) if not token]] = False
-        self._plain[[*self._byte_of, *self._added]] = False
-        self._cut = _mask(size, self._added)  # (V,)
-        self._raw = _mask(size, v.raw.ids)  # (V,)
+        self._plain[[*self._byte_of, *v.added.ids]] = False
         self._continuations = Continuations(v.trie)
         self._masks: OrderedDict[Tail, NDArray[np.uint8]] = OrderedDict()
 
@@ -131,17 +126,14 @@ class Unsplit:
     def _joins(self, ids: Sequence[int], new: Sequence[int]) -> bool:
         """Whether canonical `new` may stand behind canonical `ids`."""
         v = self.vocabulary
-        reach = max(v.raw.longest, v.normal.longest)
+        reach = v.added.reach
         last = [*ids[-max(reach, 1) :]]
         if new and self._plain[last[-1]] and self._plain[new[0]] and not v.pairs.fits(last[-1], new[0]):
             return False
         for token in new:
             if reach <= 0:
                 break
-            tail = self.tail(last)
-            if any(token in v.raw.blocked(end) for end in tail.raw):
-                return False
-            if token not in v.raw.ids and any(token in v.normal.blocked(end) for end in tail.normal):
+            if v.added.finishes(token, v.added.begun(last, v.tokens)):
                 return False
             last.append(token)
             reach -= len(v.tokens[token] or b"")
@@ -150,22 +142,9 @@ class Unsplit:
     def tail(self, ids: Sequence[int]) -> Tail:
         """What the last tokens say; looks no further back than the longest added token."""
         v = self.vocabulary
-        partial = self._partial(ids)
-        window: list[int] = []
-        need = max(v.raw.longest, v.normal.longest) - 1
-        for i in reversed(ids):
-            if need <= 0:
-                break
-            window.append(i)
-            need -= len(v.tokens[i] or b"")
-        window.reverse()
-        raw = v.raw.pending([v.tokens[i] or b"" for i in window], [i in v.raw.ids for i in window])
-        section = next((k for k in range(len(window), 0, -1) if window[k - 1] in v.raw.ids), 0)
-        inside = window[section:]
-        normal = v.normal.pending([v.tokens[i] or b"" for i in inside], [i in v.normal.ids for i in inside])
         last = ids[-1] if ids else -1
         merges = last >= 0 and bool(self._plain[last])
-        return Tail(last if merges else -1, partial, raw, normal)
+        return Tail(last if merges else -1, self._partial(ids), v.added.begun(ids, v.tokens))
 
     def _partial(self, ids: Sequence[int]) -> bytes:
         """The bytes of an unfinished character at the end of the text."""
@@ -190,18 +169,9 @@ class Unsplit:
                 mask[v.pairs.clashing(tail.last)] = False  # no two plain tokens that a merge would join
             if v.spelled is not None:
                 mask[[i for b, i in v.byte_ids.items() if v.spelled.starts(bytes([b]))]] = True
-            mask |= self._cut
+            mask &= ~self._never
+            mask |= v.added.found
             if not v.byte_ids:
                 mask &= self._continuations.after(state_after(tail.partial))
-        for end in tail.normal:
-            blocked = v.normal.blocked(end)
-            mask[blocked[~self._raw[blocked]]] = False
-        for end in tail.raw:
-            mask[v.raw.blocked(end)] = False
+        v.added.block(mask, tail.begun)
         return mask
-
-
-def _mask(size: int, ids: frozenset[int] | NDArray[np.int64]) -> Bools:
-    mask = np.zeros(size, dtype=bool)
-    mask[list(ids) if isinstance(ids, frozenset) else ids] = True
-    return mask
