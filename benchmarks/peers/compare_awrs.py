@@ -4,8 +4,8 @@ make peers                                   # the peer's environment, once
 python benchmarks/peers/compare_awrs.py      # about ten minutes on two cores
 
 Each side runs in a process of its own and does nothing while the other works. Times are of one whole call: prompt,
-particles, posterior. Posteriors are compared over many short runs: the mean weighted share of each text, with its
-standard error.
+particles, posterior. The mean weight of many short runs, with its standard error, says whether both sides
+estimate the same normaliser.
 """
 
 from __future__ import annotations
@@ -97,11 +97,11 @@ class Ours:
                 "tokens": trace.particle_tokens}  # fmt: skip
 
 
-def speed(sides: dict[str, Any], tokenizer: Any, tokens: int, repeats: int) -> list[dict[str, Any]]:
+def speed(sides: dict[str, Any], tokenizer: Any, tokens: int, repeats: int, prompts: int) -> list[dict[str, Any]]:
     """Medians of interleaved calls."""
     rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for predicate in PREDICATES:
-        for number, prompt in enumerate(PROMPTS):
+        for number, prompt in enumerate(PROMPTS[:prompts]):
             for repeat in range(repeats):
                 names = list(sides)
                 turn = (number + repeat) % len(names)
@@ -121,15 +121,13 @@ def speed(sides: dict[str, Any], tokenizer: Any, tokens: int, repeats: int) -> l
 
 
 def agreement(sides: dict[str, Any], tokenizer: Any, runs: int) -> list[dict[str, Any]]:
-    """The posterior of texts of one or two tokens, as each side estimates it."""
-    shares: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
+    """The mean weight of short texts, which both sides estimate without bias: how much mass satisfies the predicate."""
     weights: dict[str, list[float]] = {name: [] for name in sides}
     ids = tokenizer("The opposite of no is")["input_ids"]
     for seed in range(runs):
         for name, side in sides.items():
-            request = {"prompt_ids": ids, "predicate": "short_words", "n_particles": 20, "max_tokens": 3, "seed": seed}
+            request = {"prompt_ids": ids, "predicate": "short_words", "n_particles": 10, "max_tokens": 3, "seed": seed}
             found = side.ask(request)
-            shares[name].append(found["posterior"])
             weights[name].append(math.exp(found["log_ml"]))
     lines = []
     for name, one in weights.items():
@@ -142,6 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--prompts", type=int, default=len(PROMPTS))
     parser.add_argument("--runs", type=int, default=60)
     args = parser.parse_args()
     from tokenmill.bench.environment import environment
@@ -156,14 +155,18 @@ def main() -> None:
             "max_tokens": 3, "seed": 0}  # fmt: skip
     for side in sides.values():
         side.ask(warm)
-    lines = speed(sides, plain.tokenizer, args.tokens, args.repeats)
-    lines += agreement({"tokenmill": plain, "genlm-control": peer}, plain.tokenizer, args.runs)
-    peer.close()
     shared = {"schema": 1, "task": "awrs-peer", "model": "gemma-3-270m", "status": "ok", **about,
               "peer": "genlm-control 0.4.1", "cmd": " ".join(["python", *sys.argv]), "env": environment()}  # fmt: skip
+    keep(speed(sides, plain.tokenizer, args.tokens, args.repeats, args.prompts), shared)
+    keep(agreement({"tokenmill": plain, "genlm-control": peer}, plain.tokenizer, args.runs), shared)
+    peer.close()
+
+
+def keep(lines: list[dict[str, Any]], shared: dict[str, Any]) -> None:
+    """Append lines at once: the second part may be interrupted."""
     with RESULTS.open("a", encoding="utf-8") as file:
         for line in lines:
-            print(json.dumps(line))
+            print(json.dumps(line), flush=True)
             file.write(json.dumps({**line, **shared}) + "\n")
 
 
