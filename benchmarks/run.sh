@@ -41,15 +41,14 @@ for part in ${*:-profile speed accepted spectr exactness toy constrain peer byte
     ;;
   toy) python benchmarks/awrs_toy.py ;;
   constrain)
-    tokenmill bench constrain --limit 6 --methods plain,mask,llguidance,lcd,rerank,awrs,awrs:n_particles=1 --out runs/constrain
+    tokenmill bench constrain --limit 3 --mask-tokens 1 --methods plain,mask,llguidance,lcd,rerank,awrs --out runs/constrain
     keep constrain
     ;;
   peer) python benchmarks/peers/compare_awrs.py ;; # `make peers` first
   bytes)
     tokenmill bench bytes --limit 1000 --cut mid-token --methods plain,healing,byte-level-probabilities --out runs/bytes
-    for cut in boundary closed; do
-      tokenmill bench bytes --limit 100 --cut $cut --methods plain,healing,byte-level-probabilities --out runs/bytes
-    done
+    tokenmill bench bytes --limit 100 --cut boundary --methods plain,healing,byte-level-probabilities --out runs/bytes
+    tokenmill bench bytes --limit 30 --cut closed --methods plain,healing,byte-level-probabilities --out runs/bytes
     keep bytes
     ;;
   complete)
@@ -58,7 +57,7 @@ for part in ${*:-profile speed accepted spectr exactness toy constrain peer byte
     keep complete
     ;;
   ensemble)
-    tokenmill bench bytes --other python-target --limit 100 --cut mid-token \
+    tokenmill bench bytes --other python-target --limit 60 --cut mid-token \
       --methods byte-level-probabilities,other,ensemble,ensemble:rule=product --out runs/ensemble
     keep ensemble
     ;;

@@ -197,14 +197,26 @@ def constrain() -> str:
         for name, line in here.items():
             cost, quality = line["cost"], line["quality"]
             checks = f"{cost['checks_per_token']:,.1f}" if name not in ("plain", "llguidance") else ""
+            if name == "rerank":
+                checks = ""
             if "checks_median" in cost:
                 checks += f" (median {cost['checks_median']:.0f})"
             exact = f"{quality['exact']:.0%}" if "exact" in quality else ""
             valid = f"{quality['valid']:.0%}"
             good = ["", ""] if name == "mask" else [valid, exact]
-            times = [f"{cost['own_ms_per_step']:,.1f}", f"{cost['ms_p50']:,.0f}"]
+            asking = f"{cost['constraint_ms_per_step']:,.2f}" if name != "plain" else ""
+            times = [asking, f"{cost['own_ms_per_step']:,.1f}", f"{cost['ms_p50']:,.0f}"]
             rows.append([kind, f"`{name}`", checks, *times, *good])
-    head = ["constraint", "method", "checks a token", "own ms a step", "ms a text", "valid", "right line"]
+    head = [
+        "constraint",
+        "method",
+        "checks a token",
+        "constraint ms a step",
+        "own ms a step",
+        "ms a text",
+        "valid",
+        "right line",
+    ]
     return table(head, rows) + provenance(found)
 
 
