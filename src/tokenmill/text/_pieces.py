@@ -33,10 +33,6 @@ _PROBES = (
 )
 
 
-_AHEAD = ("x", "1", "!")
-"""What may follow blanks and move where they are cut: a letter, a digit, a sign."""
-
-
 class Cutter(Protocol):
     """An encoder whose pieces can be seen."""
 
