@@ -37,7 +37,7 @@ def model_of(merges: Rules) -> tuple[dict[str, int], Tokenizer]:
 def pairs_of(vocab: dict[str, int], merges: Merges) -> Pairs:
     table = np.full(0x110000, -1, dtype=np.int32)
     table[[ord(letter) for letter in "abc"]] = [vocab[letter] for letter in "abc"]
-    return Pairs(merges, first_symbols(list(vocab), table), np.array(list(vocab.values())))
+    return Pairs(merges, *first_symbols(list(vocab), table), np.array(list(vocab.values())))
 
 
 @given(rules())

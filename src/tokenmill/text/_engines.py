@@ -191,10 +191,8 @@ def _simulate(merges: Merges, vocab: Mapping[str, int]) -> tuple[Pairs, np.ndarr
     for piece, i in vocab.items():
         if len(piece) == 1:
             table[ord(piece)] = i
-    symbols = first_symbols(list(vocab), table)
     ids = np.fromiter(vocab.values(), dtype=np.int64, count=len(vocab))
-    spelt = [k for k, s in enumerate(symbols) if s.size and s.min() >= 0]
-    return Pairs(merges, [symbols[k] for k in spelt], ids[spelt]), table
+    return Pairs(merges, *first_symbols(list(vocab), table), ids), table
 
 
 def _added(structure: Structure, token_bytes: TokenBytes) -> tuple[dict[bytes, int], dict[bytes, int]]:

@@ -107,16 +107,24 @@ class Pairs:
         left: the left edges, sorted by symbol.
     """
 
-    def __init__(self, merges: Merges, symbols: Sequence[Shorts], tokens: Ints) -> None:
-        """Simulate BPE on every token. `symbols[i]` (n_i,) are the first symbols of `tokens[i]`."""
+    def __init__(self, merges: Merges, symbols: Shorts, bounds: Ints, tokens: Ints) -> None:
+        """Simulate BPE on every token.
+
+        Args:
+            merges: of the model.
+            symbols: flat, the first symbols of all tokens; -1 where there is none, such tokens are not reachable.
+            bounds: (K + 1,) token k has ``symbols[bounds[k]:bounds[k + 1]]``.
+            tokens: (K,) the ids.
+        """
         self.merges = merges
         self.reachable = np.zeros(merges.size, dtype=bool)
-        lengths = np.fromiter((len(s) for s in symbols), dtype=np.int64, count=len(symbols))
+        lengths = np.diff(bounds)
+        lengths[np.searchsorted(bounds, np.flatnonzero(symbols < 0), side="right") - 1] = 0
         lefts: list[Shorts] = []
         rights: list[Shorts] = []
-        for n in np.unique(lengths[lengths > 0]):
+        for n in np.unique(lengths[lengths > 0]).tolist():
             rows = np.flatnonzero(lengths == n)
-            left, right = self._simulate(np.stack([symbols[i] for i in rows.tolist()]).astype(np.int32), tokens[rows])
+            left, right = self._simulate(symbols[bounds[rows][:, None] + np.arange(n)], tokens[rows])
             lefts.append(left)
             rights.append(right)
         self.left = _edges(lefts, merges.size, by=1)
@@ -222,8 +230,11 @@ def _edges(found: list[Shorts], size: int, by: int) -> Edges:
     return Edges(token, symbol, came, went, most, np.searchsorted(columns[by], np.arange(size + 1)))
 
 
-def first_symbols(pieces: Sequence[str], table: Shorts) -> list[Shorts]:
-    """Each piece as the ids of its characters; `table` (0x110000,) maps code points to ids, -1 for none."""
+def first_symbols(pieces: Sequence[str], table: Shorts) -> tuple[Shorts, Ints]:
+    """The characters of all pieces as ids, flat, and the bounds (K + 1,) of each piece.
+
+    `table` (0x110000,) maps code points to ids, -1 for none.
+    """
     points = np.frombuffer("".join(pieces).encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
     lengths = np.fromiter(map(len, pieces), dtype=np.int64, count=len(pieces))
-    return np.split(table[points], lengths.cumsum()[:-1]) if pieces else []
+    return table[points], np.concatenate([np.zeros(1, dtype=np.int64), lengths.cumsum()])
