@@ -22,6 +22,8 @@ Bools = NDArray[np.bool_]
 WHERE = "ByteTokenizerView"
 KEPT = 4096
 """Masks that are remembered, of V / 8 bytes each."""
+BACK = 8
+"""Tokens that `extend` encodes again at first."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Unsplit:
         v = self.vocabulary = vocabulary
         self._byte_of = {i: byte for byte, i in v.byte_ids.items()}
         self._never = v.added.inside()  # (V,) what added tokens would be cut out of
-        self._plain = v.pairs.reachable & ~self._never  # (V,) what BPE itself makes
+        self._plain = v.pairs.reachable.copy()  # (V,) what BPE itself makes
         self._plain[[i for i, token in enumerate(v.tokens) if not token]] = False
         self._plain[[*self._byte_of, *v.added.ids]] = False
         self._continuations = Continuations(v.trie)
@@ -111,7 +113,7 @@ class Unsplit:
         Only the last tokens are encoded again. That is right when the first new token may follow what is kept, since
         a sequence in which every token may follow is the canonical one.
         """
-        v, back = self.vocabulary, 8
+        v, back = self.vocabulary, BACK
         while back < len(ids):
             cut = len(ids) - back
             while cut and 0x80 <= (v.tokens[ids[cut]] or b"\0")[0] < 0xC0:

@@ -50,16 +50,16 @@ def split(where: str, data: bytes) -> tuple[str, bytes]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     try:
         text = decoder.decode(data)
+        start = len(data) - len(decoder.getstate()[0])
     except UnicodeDecodeError as error:
-        place = error.start
-        state = 0
-        for place in range(error.start, len(data)):
-            state = AUTOMATON[state, data[place]]
-            if state == DEAD:
-                break
-        value = f"byte 0x{data[place]:02X} at position {place}"
-        raise LimitError(where, "data", value, "UTF-8, possibly cut inside its last character") from None
-    return text, decoder.getstate()[0]
+        text, start = "", error.start
+    state = 0
+    for place in range(start, len(data)):  # the decoder lets some pass that only a third byte would end: ED A0
+        state = int(AUTOMATON[state, data[place]])
+        if state == DEAD:
+            value = f"byte 0x{data[place]:02X} at position {place}"
+            raise LimitError(where, "data", value, "UTF-8, possibly cut inside its last character")
+    return text, data[start:]
 
 
 def no_fallback(rest: bytes) -> LimitError:
