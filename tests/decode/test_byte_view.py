@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import product
 from typing import Any
 
@@ -14,59 +14,10 @@ from tokenizers.models import BPE
 
 from tests.text import vocabularies as real
 from tests.text.test_merges import Rules, model_of, rules
+from tests.text.views import TOY_MERGES, sample, spelled_by, toy, walk, wrong
 from tokenmill.decode._byte_view import ByteTokenizerView
 from tokenmill.errors import LimitError, UnsupportedError
 from tokenmill.text import TokenBytes
-
-TOY_MERGES = [("a", "b"), ("ab", "c"), ("c", "c"), ("b", "c"), ("ab", "ab")]
-
-
-def encodings(view: ByteTokenizerView, texts: Sequence[str]) -> list[list[int]]:
-    return [view.token_bytes.encode(text) for text in texts]
-
-
-def wrong(view: ByteTokenizerView, ids: list[int], candidates: Sequence[int]) -> list[int]:
-    """The candidates on which `valid_next` and encoding again disagree; those that end inside a character are left."""
-    mask, before = view.valid_next(ids), view.token_bytes.join(ids)
-    texts = {}
-    for i in candidates:
-        try:
-            texts[i] = (before + (view.token_bytes[i] or b"")).decode()
-        except UnicodeDecodeError:
-            continue
-    found = encodings(view, list(texts.values()))
-    return [i for i, again in zip(texts, found, strict=True) if bool(mask[i]) != (again == [*ids, i])]
-
-
-def sample(view: ByteTokenizerView, ids: list[int], count: int, seed: int = 0) -> list[int]:
-    """Tokens where a rule could go wrong, and random ones: short ones, those in question at the end, byte tokens."""
-    rng, tokens, mask = random.Random(seed), view.token_bytes.tokens, view.valid_next(ids).tolist()
-    with_bytes = [i for i, token in enumerate(tokens) if token]
-    refused = [i for i in with_bytes if not mask[i]]
-    short = [i for i in with_bytes if len(tokens[i] or b"") <= 2]
-    picked = [rng.sample(group, min(count, len(group))) for group in (with_bytes, refused, short)]
-    return sorted({i for group in picked for i in group})
-
-
-def walk(view: ByteTokenizerView, steps: int, rng: random.Random) -> list[int]:
-    ids: list[int] = []
-    for _ in range(steps):
-        allowed = view.valid_next(ids).nonzero()[:, 0]
-        ids.append(int(allowed[rng.randrange(len(allowed))]))
-    return ids
-
-
-def spelled_by(view: ByteTokenizerView, text: bytes) -> list[tuple[int, ...]]:
-    """Every token sequence that spells a text."""
-    if not text:
-        return [()]
-    starts = [(i, t) for i, t in enumerate(view.token_bytes.tokens) if t and text.startswith(t)]
-    return [(i, *rest) for i, t in starts for rest in spelled_by(view, text[len(t) :])]
-
-
-def toy(merges: Rules = TOY_MERGES) -> ByteTokenizerView:
-    return ByteTokenizerView(model_of(merges)[1])
-
 
 # The toy, exhaustively
 
@@ -127,107 +78,6 @@ def test_covers_are_found_from_the_encodings_of_prefixes(merges: Rules, text: st
         if len(join(sequence[:-1])) < len(x) and view.is_valid(sequence)
     }
     assert brute == {c for c in found if longest <= 4 or join(c) == x}
-
-
-# Added tokens and byte tokens
-
-
-@st.composite
-def mixed(draw: st.DrawFn) -> Tokenizer:
-    """SentencePiece-like: random merges, "b" and the rest of Unicode spelled by bytes, random added tokens."""
-    merges = [(a.replace("c", "▁"), b.replace("c", "▁")) for a, b in draw(rules()) if "b" not in a + b]
-    pieces = list(dict.fromkeys(["a", "▁", *(a + b for a, b in merges)]))
-    vocab = {name: i for i, name in enumerate([*pieces, *(f"<0x{b:02X}>" for b in range(256))])}
-    made = Tokenizer(BPE(vocab, merges, byte_fallback=True))
-    made.normalizer = normalizers.Replace(" ", "▁")
-    for content in draw(st.lists(st.text("a b", min_size=1, max_size=4), max_size=4, unique=True)):
-        normal = draw(st.booleans())
-        if normal or "▁" not in content:
-            made.add_tokens([AddedToken(content, special=False, normalized=normal)])
-    return made
-
-
-TEXTS = st.text(st.sampled_from("aaa  bé🙂"), max_size=12)
-
-
-@settings(max_examples=25)
-@given(mixed(), TEXTS, st.integers(0, 12))
-def test_added_tokens_and_byte_tokens(tokenizer: Tokenizer, text: str, cut: int) -> None:
-    view = ByteTokenizerView(tokenizer)
-    assert view.prefix_closed
-    ids = tokenizer.encode(text).ids
-    assert view.encode(text.encode()) == ids
-    for stop in range(len(ids) + 1):
-        head = ids[:stop]
-        if stop < len(ids):
-            assert view.valid_next(head)[ids[stop]]
-        try:
-            view.token_bytes.join(head).decode()
-        except UnicodeDecodeError:
-            continue
-        assert tokenizer.encode(view.token_bytes.join(head).decode()).ids == head
-        assert wrong(view, head, range(len(view))) == []
-    data = text.encode()
-    head = view.encode(data[:cut])
-    assert view.extend(head, data[cut:]) == ids
-
-
-def test_an_added_token_is_cut_out_though_each_pair_is_fine() -> None:
-    view, vocab = ByteTokenizerView(real.gemma_tokenizer()), real.gemma_tokenizer().get_vocab()
-    ids = [vocab[piece] for piece in ("<", "ta", "ble")]
-    assert view.encode(b"<table") != view.encode(b"<table>")
-    assert view.encode(b"<table>") == [vocab["<table>"]]
-    head = view.encode(b"<table")
-    assert not view.valid_next(head)[vocab[">"]]
-    assert view.valid_next(head)[vocab["<"]]
-    assert not view.is_valid([*ids, vocab[">"]])
-    newlines = [vocab["\n" * 30]]
-    assert not view.valid_next(newlines)[vocab["\n"]]
-    assert view.valid_next([vocab["\n" * 31]])[vocab["\n"]]  # there is no longer one
-
-
-def test_byte_tokens_spell_only_what_the_vocabulary_lacks() -> None:
-    tokenizer = real.gemma_tokenizer()
-    view, vocab = ByteTokenizerView(tokenizer), tokenizer.get_vocab()
-
-    def byte(value: int) -> int:
-        return vocab[f"<0x{value:02X}>"]
-
-    unknown = "\u0378"  # not assigned, so no piece
-    ids = view.encode(f"a{unknown}".encode())
-    assert ids == [vocab["a"], *map(byte, unknown.encode())]
-    assert view.is_valid(ids)
-    assert not view.is_valid([byte(0x41)])  # "A" has a piece
-    assert not view.is_valid([byte(b) for b in "é".encode()])
-    start = view.valid_next([])
-    assert not start[byte(0x41)]
-    assert not start[byte(0xC3)]  # every character that begins with C3 has a piece
-    assert not start[byte(0xFF)]
-    assert not start[byte(0x80)]
-    inside = view.valid_next(ids[:-1]).nonzero()[:, 0].tolist()
-    assert inside  # only bytes that finish a character without a piece
-    for i in inside:
-        token = view.token_bytes[i]
-        assert token is not None
-        character = (unknown.encode()[:-1] + token).decode()
-        assert character not in vocab
-        assert tokenizer.encode("a" + character, add_special_tokens=False) == [*ids[:-1], i]
-    finishing = [chr(0x340 + k) for k in range(64)]
-    assert len(inside) == sum(c not in vocab for c in finishing)
-
-
-@pytest.mark.parametrize("lead", [b"\xe2", b"\xf0\x9f", b"\xf4", b"\xe0\xa4", b"\xed"])
-def test_unfinished_characters_can_still_be_finished(lead: bytes) -> None:
-    """Against all characters: the next byte is allowed when some character without a piece goes on like that."""
-    tokenizer = real.gemma_tokenizer()
-    view, vocab = ByteTokenizerView(tokenizer), tokenizer.get_vocab()
-    points = (p for p in range(0x80, 0x110000) if not 0xD800 <= p < 0xE000)
-    spelled = (chr(p).encode() for p in points if chr(p) not in vocab)
-    expected = {data[len(lead)] for data in spelled if data.startswith(lead)}
-    ids = view.encode(lead)
-    found = {(view.token_bytes[int(i)] or b"")[0] for i in view.valid_next(ids).nonzero()[:, 0]}
-    assert found == expected
-    assert view.is_valid(ids) == bool(expected)
 
 
 # Real vocabularies
@@ -377,6 +227,7 @@ def test_extending_encodes_no_more_than_the_end(name: str, text: str, monkeypatc
         (b" ok\xff", "byte 0xFF at position 3"),
         (b" \xe2\x28", "byte 0x28 at position 2"),
         (b" \xed\xa0\x80", "byte 0xA0 at position 2"),
+        (b" \xed\xa0", "byte 0xA0 at position 2"),
         (b" \xc0\xaf", "byte 0xC0 at position 1"),
         (b" \xf4\x90\x80\x80", "byte 0x90 at position 2"),
         (b" \x80", "byte 0x80 at position 1"),
