@@ -89,6 +89,15 @@ def test_what_the_first_round_finds_ends_what_the_second_began() -> None:
     assert not view.valid_next(view.encode(b"a "))[vocab["b"]]
 
 
+@pytest.mark.parametrize("normal", [False, True])
+def test_extending_sees_an_added_token_that_begins_in_what_it_keeps(
+    normal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    view, vocab = with_added(("abcx", normal))
+    monkeypatch.setattr(_unsplit, "BACK", 1)
+    assert view.extend(view.encode(b"cabc"), b"xa") == [vocab["c"], vocab["abcx"], vocab["a"]]
+
+
 def test_the_second_round_does_not_look_across_the_first() -> None:
     view, vocab = with_added(("ab c", True), ("b", False))
     ids = view.encode(b"ab c")
