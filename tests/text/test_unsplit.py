@@ -90,9 +90,7 @@ def test_what_the_first_round_finds_ends_what_the_second_began() -> None:
 
 
 @pytest.mark.parametrize("normal", [False, True])
-def test_extending_sees_an_added_token_that_begins_in_what_it_keeps(
-    normal: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_extending_sees_an_added_token_begun_in_what_it_keeps(normal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     view, vocab = with_added(("abcx", normal))
     monkeypatch.setattr(_unsplit, "BACK", 1)
     assert view.extend(view.encode(b"cabc"), b"xa") == [vocab["c"], vocab["abcx"], vocab["a"]]
