@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from tokenmill.decode._potential import ContractError, Potential, State, begin, score
-from tokenmill.decode._utf8 import split_utf8
 from tokenmill.errors import LimitError, TokenmillError
+from tokenmill.text._utf8 import text_of
 
 __all__ = ["predicate"]
 
@@ -75,11 +75,11 @@ class _Predicate:
         return f"predicate({self.name})"
 
     def prefix(self, context: bytes, /) -> float:
-        found = split_utf8(context)
+        found = text_of(context)
         return -math.inf if found is None else score(self._ask("prefix_fn", self.prefix_fn, found[0]))
 
     def complete(self, context: bytes, /) -> float:
-        found = split_utf8(context)
+        found = text_of(context)
         if found is None or found[1]:
             return -math.inf
         if self.complete_fn is None:

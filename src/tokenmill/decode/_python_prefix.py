@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Iterator
 
 from tokenmill.decode._potential import Potential, State, begin, score
-from tokenmill.decode._utf8 import split_utf8
+from tokenmill.text._utf8 import text_of
 
 __all__ = ["python_prefix"]
 
@@ -61,7 +61,7 @@ class _Python:
         return "python_prefix()"
 
     def prefix(self, context: bytes, /) -> float:
-        found = split_utf8(context)
+        found = text_of(context)
         if found is None:
             return -math.inf
         text, pending = found
@@ -69,7 +69,7 @@ class _Python:
         return score(_can_become_python(text + "é" if pending else text))
 
     def complete(self, context: bytes, /) -> float:
-        found = split_utf8(context)
+        found = text_of(context)
         return score(found is not None and not found[1] and _compiles(found[0]))
 
     def start(self) -> State:

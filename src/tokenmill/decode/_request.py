@@ -78,6 +78,60 @@ class Request:
     generator: torch.Generator | None = None
 
 
+class Decoder(Generic[TraceT]):
+    """What every decoder is to `generate`: a ``custom_generate`` callable that owns the trace of its last call.
+
+    A decoder is a frozen dataclass with a ``seed`` and a field ``_run``, and has `_decode`.
+    """
+
+    seed: int | None
+    _run: Run[TraceT]
+
+    @property
+    def trace(self) -> TraceT:
+        """The counts of the last call, also while it runs and after it failed."""
+        return self._run.trace
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        token_streamer: BaseStreamer | None = None,
+        generator: torch.Generator | None = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Decode ``input_ids`` (1, T); called by `generate`. A streamer is always ended.
+
+        Raises:
+            UnsupportedError: batch above 1, beams, or what the decoder's own text says.
+            LimitError: an empty prompt, one beyond the model's positions, or settings that do not fit the model.
+            NonFiniteError: the logits are not finite.
+            StoppedError: another call is under way.
+                Errors that interrupt work have what was produced in ``.partial``.
+        """
+        request = Request(
+            model,
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            model_kwargs,
+            token_streamer,
+            generator_for(input_ids.device, self.seed, generator),
+        )
+        try:
+            return self._decode(request)
+        finally:
+            if token_streamer is not None:
+                token_streamer.end()
+
+    def _decode(self, request: Request) -> Any:
+        raise NotImplementedError
+
+
 def check_seed(where: str, seed: int | None) -> None:
     """Refuse a seed that is not ``None`` or an integer from 0 on."""
     if seed is not None and (isinstance(seed, bool) or seed < 0):

@@ -314,12 +314,9 @@ class Session:
 
 @contextmanager
 def decoding(where: str, request: Request, trace: DecodeTrace, tree: bool = True) -> Generator[Session, None, None]:
-    """A session whose streamer is always ended, and whose errors carry what was produced."""
+    """A session whose errors carry what was produced."""
     try:
         yield Session(where, request, trace, tree=tree)
     except (LimitError, UnsupportedError, StoppedError) as error:
         error.partial = list(trace.tokens_so_far) if error.partial is None else error.partial
         raise
-    finally:
-        if request.token_streamer is not None:
-            request.token_streamer.end()

@@ -11,10 +11,7 @@ token. Where a grammar engine computes the whole mask at once, and where no dead
 
 from __future__ import annotations
 
-import threading
 import warnings
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -31,7 +28,7 @@ from tokenmill.decode._population import Population, SMCTrace
 from tokenmill.decode._potential import as_potential
 from tokenmill.decode._rejection import Method, Step, awrs_step
 from tokenmill.decode._report import Report, end_tokens
-from tokenmill.decode._request import Request, check_request, check_seed, generator_for
+from tokenmill.decode._request import Decoder, Request, Run, check_request, check_seed
 from tokenmill.decode._smc import Boundary, LanguageModel, Sampler, SMCSettings, smc
 from tokenmill.decode._weights import NoValidContinuation, Resampling, WeightedSequences
 from tokenmill.errors import StoppedError, UnsupportedError
@@ -39,8 +36,7 @@ from tokenmill.text import TokenBytes
 from tokenmill.trace import Trace
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-    from transformers.generation.streamers import BaseStreamer
+    from transformers import PreTrainedModel
 
 __all__ = [
     "AWRS",
@@ -98,28 +94,8 @@ CARD = Card(
 )
 
 
-class AWRSRun:
-    """What changes on a decoder: the trace and the particles of its last call, and whether a call is under way."""
-
-    def __init__(self) -> None:
-        self.trace = SMCTrace()
-        self.population: Population | None = None
-        self._busy = threading.Lock()
-
-    @contextmanager
-    def started(self) -> Generator[SMCTrace, None, None]:
-        """A call; a second one at the same time is refused."""
-        if not self._busy.acquire(blocking=False):
-            raise StoppedError("AWRS: a call of this object is under way. Make one object for each concurrent call.")
-        try:
-            self.trace, self.population = SMCTrace(), None
-            yield self.trace
-        finally:
-            self._busy.release()
-
-
 @dataclass(frozen=True)
-class AWRS:
+class AWRS(Decoder[SMCTrace]):
     """A decoder for ``model.generate(..., do_sample=True, custom_generate=decoder)``, one prompt at a time.
 
     The result is one text, drawn from the particles by weight; all of them are in ``sequences``. Without sampling
@@ -158,7 +134,8 @@ class AWRS:
     critic: Critic | None = None
     proposal: PreTrainedModel | None = None
     seed: int | None = None
-    _run: AWRSRun = field(default_factory=AWRSRun, init=False, compare=False, repr=False)
+    _run: Run[SMCTrace] = field(default_factory=lambda: Run(SMCTrace), init=False, compare=False, repr=False)
+    _population: list[Population] = field(default_factory=list, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         self._settings().check("AWRS")
@@ -167,62 +144,22 @@ class AWRS:
         check_seed("AWRS", self.seed)
 
     @property
-    def trace(self) -> SMCTrace:
-        """The counts of the last call, also while it runs and after it failed."""
-        return self._run.trace
-
-    @property
     def sequences(self) -> WeightedSequences:
         """The particles of the last call, also while it runs and after it failed.
 
         Raises:
             StoppedError: nothing has been generated.
         """
-        if self._run.population is None:
+        if not self._population:
             raise StoppedError("AWRS: there are no sequences before the first call.")
-        return self._run.population.sequences()
+        return self._population[-1].sequences()
 
-    def __call__(
-        self,
-        model: PreTrainedModel,
-        input_ids: Tensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        token_streamer: BaseStreamer | None = None,
-        generator: torch.Generator | None = None,
-        **model_kwargs: Any,
-    ) -> Any:
-        """Decode ``input_ids`` (1, T); called by `generate`.
+    def _decode(self, request: Request) -> Any:
+        with self._run.started("AWRS") as trace:
+            self._population.clear()
+            return self._generate(request, trace)
 
-        Tokens are streamed as soon as all living particles agree on them.
-
-        Raises:
-            UnsupportedError: batch above 1, beams, scores or logits as outputs, a cache whose rows cannot be copied.
-            LimitError: an empty prompt, no string satisfies the constraint, an end token that the model lacks.
-            NoValidContinuation: all particles died.
-            NonFiniteError: logits are not finite.
-            StoppedError: the constraint raised an error, or another call is under way.
-                Errors that interrupt work have the particles in ``.partial``.
-        """
-        request = Request(
-            model,
-            input_ids,
-            logits_processor,
-            stopping_criteria,
-            generation_config,
-            model_kwargs,
-            token_streamer,
-            generator_for(input_ids.device, self.seed, generator),
-        )
-        try:
-            with self._run.started() as trace:
-                return self._decode(request, trace)
-        finally:
-            if token_streamer is not None:
-                token_streamer.end()
-
-    def _decode(self, request: Request, trace: SMCTrace) -> Any:
+    def _generate(self, request: Request, trace: SMCTrace) -> Any:
         check_request("AWRS", request)
         config, ids = request.generation_config, request.input_ids
         if config.return_dict_in_generate and (config.output_scores or config.output_logits):
@@ -236,7 +173,7 @@ class AWRS:
             ends = end_tokens(request, self.tokenizer)
             report = Report(request, trace, ends)
             sampler = self._sampler(request, trace, report, ends)
-            self._run.population = sampler.population
+            self._population.append(sampler.population)
             found = sampler.run(room)
             self._check_alive(found, trace, room)
             chosen = found.sequences[found.draw(request.generator)]

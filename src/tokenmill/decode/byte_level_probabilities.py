@@ -13,10 +13,9 @@ times cheaper, since a token has about four bytes.
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor
 
 from tokenmill.catalog import Card, Paper
 from tokenmill.decode._byte_lm import ByteEnsemble, ByteLM, FillInTheMiddle, Mode, check_mode, end_ids, view_of
@@ -24,12 +23,8 @@ from tokenmill.decode._byte_text import ByteText, choose_slot, shape_law
 from tokenmill.decode._byte_view import ByteTokenizerView
 from tokenmill.decode._byte_vocabulary import END, OTHER, SLOTS
 from tokenmill.decode._covers import ByteTrace, Covers
-from tokenmill.decode._request import Request, Run, check_request, check_seed, generator_for
+from tokenmill.decode._request import Decoder, Request, Run, check_request, check_seed
 from tokenmill.errors import TokenmillError, UnsupportedError, unknown_name
-
-if TYPE_CHECKING:
-    from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-    from transformers.generation.streamers import BaseStreamer
 
 __all__ = [
     "CARD",
@@ -80,7 +75,7 @@ _LAG = 4  # tokens at the end that more bytes might still change, so they are no
 
 
 @dataclass(frozen=True)
-class ByteLevel:
+class ByteLevel(Decoder[ByteTrace]):
     """A decoder for ``model.generate(..., custom_generate=decoder)`` that chooses bytes, one sequence at a time.
 
     The prompt's text may end anywhere. It is read from the last control token on; what comes out are the prompt's own
@@ -115,39 +110,7 @@ class ByteLevel:
         check_seed("ByteLevel", self.seed)
         object.__setattr__(self, "view", view_of(self.tokenizer))
 
-    @property
-    def trace(self) -> ByteTrace:
-        """The counts of the last call, also while it runs and after it failed."""
-        return self._run.trace
-
-    def __call__(
-        self,
-        model: PreTrainedModel,
-        input_ids: Tensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        token_streamer: BaseStreamer | None = None,
-        generator: torch.Generator | None = None,
-        **model_kwargs: Any,
-    ) -> Any:
-        """Decode ``input_ids`` (1, T); called by `generate`.
-
-        Raises:
-            UnsupportedError: batch above 1, beams, processors that change single tokens, a cache that is in use.
-            LimitError: an empty prompt, or one beyond the model's positions.
-            StoppedError: the model or a criterion failed; ``.partial`` holds the new tokens.
-        """
-        request = Request(
-            model,
-            input_ids,
-            logits_processor,
-            stopping_criteria,
-            generation_config,
-            model_kwargs,
-            token_streamer,
-            generator_for(input_ids.device, self.seed, generator),
-        )
+    def _decode(self, request: Request) -> Any:
         with self._run.started("ByteLevel") as trace:
             try:
                 check_request("ByteLevel", request)
@@ -156,9 +119,6 @@ class ByteLevel:
             except TokenmillError as error:
                 error.partial = list(trace.tokens_so_far) if error.partial is None else error.partial
                 raise
-            finally:
-                if token_streamer is not None:
-                    token_streamer.end()
 
 
 class _ByteRun:

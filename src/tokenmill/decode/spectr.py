@@ -21,7 +21,7 @@ from tokenmill import hf
 from tokenmill.catalog import Card, Paper, Reported
 from tokenmill.decode._adjacency import vocabulary
 from tokenmill.decode._drafter import Drafter
-from tokenmill.decode._request import DecodeTrace, Request, Run, check_seed, generator_for
+from tokenmill.decode._request import Decoder, DecodeTrace, Request, Run, check_seed
 from tokenmill.decode._session import Session, decoding
 from tokenmill.decode._transport import (
     kseq_plan,
@@ -35,8 +35,7 @@ from tokenmill.decode._tree import Tree
 from tokenmill.errors import LimitError, unknown_name
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-    from transformers.generation.streamers import BaseStreamer
+    from transformers import PreTrainedModel
 
 __all__ = ["CARD", "SpecTr", "kseq_plan", "kseq_select", "optimal_acceptance", "solve_rho", "spectr_verify"]
 
@@ -96,7 +95,7 @@ def draft_trie(root: Tensor, draft_ids: Tensor) -> tuple[Tensor, Tree, Tensor]:
 
 
 @dataclass(frozen=True)
-class SpecTr:
+class SpecTr(Decoder[DecodeTrace]):
     """A decoder for ``model.generate(..., do_sample=True, custom_generate=decoder)``, one sequence at a time.
 
     Args:
@@ -132,43 +131,11 @@ class SpecTr:
             raise unknown_name("SpecTr", "layout", str(self.layout), ("tree", "batch"))
         check_seed("SpecTr", self.seed)
 
-    @property
-    def trace(self) -> DecodeTrace:
-        """The counts of the last call, also while it runs and after it failed."""
-        return self._run.trace
-
-    def __call__(
-        self,
-        model: PreTrainedModel,
-        input_ids: Tensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        token_streamer: BaseStreamer | None = None,
-        generator: torch.Generator | None = None,
-        **model_kwargs: Any,
-    ) -> Any:
-        """Decode ``input_ids`` (1, T); called by `generate`.
-
-        Raises:
-            UnsupportedError: batch above 1, beams, a cache or an attention that cannot take the drafts.
-            LimitError: an empty prompt, one beyond the model's positions, another vocabulary.
-            NonFiniteError: logits of either model are not finite; ``.partial`` holds the new tokens.
-        """
-        where = "SpecTr"
-        request = Request(
-            model,
-            input_ids,
-            logits_processor,
-            stopping_criteria,
-            generation_config,
-            model_kwargs,
-            token_streamer,
-            generator_for(input_ids.device, self.seed, generator),
-        )
-        if not generation_config.do_sample and self.num_drafts > 1:
+    def _decode(self, request: Request) -> Any:
+        where, model = "SpecTr", request.model
+        if not request.generation_config.do_sample and self.num_drafts > 1:
             warnings.warn(
-                "SpecTr: without sampling all drafts are the same, so num_drafts > 1 gains nothing.", stacklevel=2
+                "SpecTr: without sampling all drafts are the same, so num_drafts > 1 gains nothing.", stacklevel=3
             )
         with self._run.started(where) as trace, decoding(where, request, trace, self.layout == "tree") as session:
             width, known = self._widths(model)

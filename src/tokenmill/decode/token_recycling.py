@@ -25,7 +25,7 @@ from tokenmill.decode._adjacency import AdjacencyMatrix, last_occurrences, vocab
 from tokenmill.decode._draft import fill, template_shape
 from tokenmill.decode._ngram import longest_match
 from tokenmill.decode._plan import LONGEST_MATCH, Floats, agreement, best_paths, candidates, worth_its_ms
-from tokenmill.decode._request import DecodeTrace, Request, Run, check_seed, generator_for
+from tokenmill.decode._request import Decoder, DecodeTrace, Request, Run, check_seed
 from tokenmill.decode._session import Session, decoding
 from tokenmill.decode._topk import top_tokens
 from tokenmill.decode._tree import Tree, TreeTemplate, verify
@@ -33,7 +33,6 @@ from tokenmill.errors import LimitError, unknown_name
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-    from transformers.generation.streamers import BaseStreamer
 
     from tokenmill.models import CostProfile
 
@@ -100,7 +99,7 @@ def tree_template(name: str, k: int = 8) -> TreeTemplate:
 
 
 @dataclass(frozen=True)
-class TokenRecycling:
+class TokenRecycling(Decoder[DecodeTrace]):
     """A decoder for ``model.generate(..., custom_generate=decoder)``; greedy and sampling, one sequence at a time.
 
     Args:
@@ -143,45 +142,12 @@ class TokenRecycling:
             mend = "Take a smaller tree or a wider matrix."
             raise LimitError(where, "tree", f"rank {template.max_rank}", f"below k={ranks}", mend)
 
-    @property
-    def trace(self) -> DecodeTrace:
-        """The counts of the last call, also while it runs and after it failed."""
-        return self._run.trace
-
     def hot(self, model: PreTrainedModel) -> TokenRecycling:
         """The same decoder with a matrix of its own that stays from call to call."""
         return replace(self, state=AdjacencyMatrix.for_model(model, self.k))
 
-    def __call__(
-        self,
-        model: PreTrainedModel,
-        input_ids: Tensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        token_streamer: BaseStreamer | None = None,
-        generator: torch.Generator | None = None,
-        **model_kwargs: Any,
-    ) -> Any:
-        """Decode ``input_ids`` (1, T); called by `generate`.
-
-        Raises:
-            UnsupportedError: batch above 1, beams, a cache or an attention that cannot take a tree.
-            LimitError: an empty prompt, one beyond the model's positions, a matrix of another vocabulary.
-            NonFiniteError: the logits are not finite; ``.partial`` holds the new tokens.
-        """
-        where = "TokenRecycling"
-        generator = generator_for(input_ids.device, self.seed, generator)
-        request = Request(
-            model,
-            input_ids,
-            logits_processor,
-            stopping_criteria,
-            generation_config,
-            model_kwargs,
-            token_streamer,
-            generator,
-        )
+    def _decode(self, request: Request) -> Any:
+        where, model = "TokenRecycling", request.model
         matrix = self.state if self.state is not None else AdjacencyMatrix.for_model(model, self.k)
         with self._run.started(where) as trace, matrix.claimed(where), decoding(where, request, trace) as session:
             if matrix.vocab_size != vocabulary(model):

@@ -62,6 +62,14 @@ def split(where: str, data: bytes) -> tuple[str, bytes]:
     return text, data[start:]
 
 
+def text_of(data: bytes) -> tuple[str, bytes] | None:
+    """See `split`; ``None`` where no text starts with these bytes."""
+    try:
+        return split("UTF-8", data)
+    except LimitError:
+        return None
+
+
 def no_fallback(rest: bytes) -> LimitError:
     """The error for a character that is cut off where no token holds single bytes."""
     mend = "This tokenizer has no byte fallback; the prompt must be valid UTF-8."
