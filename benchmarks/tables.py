@@ -202,8 +202,7 @@ def constrain() -> str:
             if "checks_median" in cost:
                 checks += f" (median {cost['checks_median']:.0f})"
             exact = f"{quality['exact']:.0%}" if "exact" in quality else ""
-            valid = f"{quality['valid']:.0%}"
-            good = ["", ""] if name == "mask" else [valid, exact]
+            good = [f"{quality['valid']:.0%}", exact] if name != "mask" else ["", ""]
             asking = f"{cost['constraint_ms_per_step']:,.2f}" if name != "plain" else ""
             times = [asking, f"{cost['own_ms_per_step']:,.1f}", f"{cost['ms_p50']:,.0f}"]
             rows.append([kind, f"`{name}`", checks, *times, *good])
@@ -241,9 +240,10 @@ def _cuts(name: str, quality: tuple[str, ...], titles: tuple[str, ...]) -> str:
         shown = [f"{line['quality'][q]:.3f}" for q in quality]
         cost, ours = line["cost"], line["method"] == "byte-level-probabilities"
         leak = f"{cost['leak']:.1%}" if ours and "leak" in cost else ""
-        counts = [f"{cost['model_calls']:.1f}", f"{cost['positions']:.0f}", leak]
+        rows_per_byte = f"{cost['rows_per_byte']:.2f}" if "rows_per_byte" in cost else ""
+        counts = [f"{cost['model_calls']:.1f}", f"{cost['positions']:.0f}", rows_per_byte, leak]
         rows.append([line["data"]["kind"], f"`{label(line)}`", str(line["n"]), *shown, *counts])
-    head = ["cut", "method", "cuts", *titles, "model calls", "positions, prompt included", "leak"]
+    head = ["cut", "method", "cuts", *titles, "model calls", "positions, prompt included", "rows a byte", "leak"]
     return table(head, rows) + provenance(found)
 
 

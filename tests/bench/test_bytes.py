@@ -74,9 +74,24 @@ def test_the_rest_of_the_line(tmp_path: Path) -> None:
     made = task(measure="complete", limit=2, new_bytes=12, prompt_bytes=200)
     assert made.kinds() == ["code, mid-token"]
     methods = ["healing", "transformers-healing", "byte-level-probabilities"]
-    for line in bench.run(made, methods, tmp_path):
+    lines = bench.run(made, methods, tmp_path)
+    for line in lines:
         assert line.status == "ok", line.message
         assert 0 <= line.quality["similarity"] <= 1
+    assert 0 < lines[-1].cost["rows_per_byte"] <= 1.3
+    assert "rows_per_byte" not in lines[0].cost
+
+
+def test_a_baseline_that_fails_on_a_prompt_has_no_answer_there(lm: ByteLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(*_: Any, **__: Any) -> None:
+        raise KeyError((578,))
+
+    monkeypatch.setattr(lm.model, "generate", lost)
+    item = Item("a", "code", probes.Cut(b"import o", b"s\n"))
+    theirs = probes.TokenCompletion(lm, 6, "transformers", None).run(item)
+    assert (theirs.output, theirs.counts["failed"]) == (b"", 1.0)
+    with pytest.raises(KeyError):
+        probes.TokenCompletion(lm, 6, "ours", None).run(item)
 
 
 def test_two_models(tmp_path: Path) -> None:

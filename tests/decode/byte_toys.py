@@ -69,11 +69,10 @@ class ToyContexts:
                 row[token] = -math.inf
         return row
 
-    def prefill(self, ids: Sequence[int]) -> tuple[list[Any], Tensor]:
+    def prefill(self, ids: Sequence[int]) -> tuple[Any, Tensor]:
         assert ids[0] == END, "the hard context comes first"
         inner = tuple(ids[1:])
-        nodes = [inner[:stop] for stop in range(len(inner) + 1)]
-        return nodes, self.logits(inner)[None]
+        return inner, self.logits(inner)
 
     def extend(self, parents: Sequence[Any], tokens: Sequence[int]) -> tuple[list[Any], Tensor]:
         nodes: list[Any] = []
@@ -91,8 +90,6 @@ class SlowView:
         self.token_bytes = TokenBytes.from_list(TOKENS, {"<end>": END})
         self.trie = self.token_bytes.trie
 
-    prefix_closed = True
-
     def encode(self, data: bytes) -> list[int]:
         return list(encoding(data))
 
@@ -101,6 +98,9 @@ class SlowView:
 
     def extend(self, ids: Sequence[int], data: bytes) -> list[int]:
         return list(encoding(spelled(ids) + data))
+
+    def may_end(self, ids: Sequence[int]) -> bool:
+        return True
 
     def valid_next(self, ids: Sequence[int]) -> Tensor:
         ids = tuple(ids)

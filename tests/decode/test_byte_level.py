@@ -397,6 +397,23 @@ def test_what_cannot_be_served_is_refused(toy: Any, python_lm: ByteLM) -> None:
         python_lm.start(b"abc\xff\xff")
 
 
+@pytest.mark.prop("byte-level-probabilities", 5)
+def test_texts_end_where_they_can(python_lm: ByteLM, gemma_lm: ByteLM) -> None:
+    """Two covers end at a blank line, and behind only one of them the text may end; nowhere inside a character."""
+    end = {tuple(python_lm.view.encode(b"x = 1\n\n"))}
+    state = python_lm.start(b"x = 1\n\n")
+    whole = {c.ids: float(c.bytes[END]) for c in state.contexts if c.bytes is not None}
+    assert len(whole) == 2
+    assert {ids for ids, mass in whole.items() if mass > 0} == end
+    assert {ids for ids in whole if python_lm.view.may_end(ids)} == end
+    for lm in (python_lm, gemma_lm):
+        for text in ("日本".encode(), "𠀋".encode()):
+            for cut in range(1, len(text)):
+                inside = text[:cut]
+                can_end = inside.decode(errors="ignore").encode() == inside
+                assert (float(lm.next_byte_logprobs(inside)[END]) > -math.inf) == can_end
+
+
 def test_segmentations_do_not_explode_unseen(python_lm: ByteLM) -> None:
     with pytest.raises(LimitError, match="give a beam"):
         ByteLM(python_lm.model, python_lm.tokenizer, mode="all").start(b"def mean(values, weights=None):")

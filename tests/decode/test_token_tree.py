@@ -27,9 +27,9 @@ def test_every_branch_equals_a_forward_of_its_own(kind: str, attn: str) -> None:
     prompt = [rng.randrange(1, 64) for _ in range(21)]
     trace = Trace()
     tree = TokenTree("test", model, trace)
-    nodes, logits = tree.prefill(prompt)
-    torch.testing.assert_close(logits[-1], alone(model, prompt), rtol=1e-4, atol=1e-4)
-    held: list[tuple[Node, list[int]]] = [(node, prompt[: at + 1]) for at, node in enumerate(nodes)]
+    tip, logits = tree.prefill(prompt)
+    torch.testing.assert_close(logits, alone(model, prompt), rtol=1e-4, atol=1e-4)
+    held: list[tuple[Node, list[int]]] = [(tip, prompt)]
     for _ in range(25):  # beyond the window of 16, from anywhere in the tree
         chosen = rng.choices(held[-6:] + held[:2], k=2)
         tokens = [rng.randrange(1, 64) for _ in range(4)]
@@ -47,8 +47,8 @@ def test_every_branch_equals_a_forward_of_its_own(kind: str, attn: str) -> None:
 def test_rows_of_forgotten_contexts_are_used_again() -> None:
     model = tiny("gemma3", seed=1)
     tree = TokenTree("test", model, Trace())
-    nodes, _ = tree.prefill([1, 2, 3])
-    tip, text = nodes[-1], [1, 2, 3]
+    tip, _ = tree.prefill([1, 2, 3])
+    text = [1, 2, 3]
     for step in range(40):
         (kept, lost), rows = tree.extend([tip, tip], [step + 4, 60])
         text.append(step + 4)
@@ -66,7 +66,7 @@ def test_a_long_prompt_is_read_in_parts() -> None:
     trace = Trace()
     _, logits = TokenTree("test", model, trace).prefill(ids)
     assert trace.model_calls == 3
-    torch.testing.assert_close(logits[-1], alone(model, ids), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(logits, alone(model, ids), rtol=1e-3, atol=1e-3)
 
 
 def test_refusals() -> None:
@@ -76,9 +76,9 @@ def test_refusals() -> None:
     with pytest.raises(LimitError, match="at most 512"):
         TokenTree("test", model, Trace()).prefill([1] * 513)
     tree = TokenTree("test", model, Trace())
-    nodes, _ = tree.prefill([1] * 512)
+    tip, _ = tree.prefill([1] * 512)
     with pytest.raises(LimitError, match="at most 512"):
-        tree.extend([nodes[-1]], [1])
+        tree.extend([tip], [1])
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(UnsupportedError, match="flash"):
         TokenTree("test", model, Trace())

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from tokenmill.errors import LimitError, unknown_name
+from tokenmill import catalog, settings
+from tokenmill.catalog import Card
+from tokenmill.errors import LimitError, UnsupportedError, unknown_name
 
 Scalar = bool | int | float | str | None
 
@@ -39,6 +41,45 @@ class MethodSpec:
     def text(self) -> str:
         """The spec as it is written."""
         return ":".join([self.slug, *(f"{key}={value}" for key, value in self.params.items())])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoSettings:
+    """A baseline without settings."""
+
+
+def read_spec(task: str, baselines: Mapping[str, Any], spec: MethodSpec) -> tuple[dict[str, Any], Card | None]:
+    """The settings of a spec as values, and the method's card; None for a baseline, whose settings are tried.
+
+    Args:
+        task: the task's name.
+        baselines: slug -> frozen dataclass of settings.
+        spec: as it was written.
+
+    Raises:
+        LimitError: unknown method or setting, or a baseline's value outside its limit.
+        UnsupportedError: a method of another task.
+    """
+    if spec.slug in baselines:
+        params = settings.from_text(spec.slug, baselines[spec.slug], spec.params)
+        baselines[spec.slug](**params)
+        return params, None
+    known = catalog.entries()
+    if spec.slug not in known:
+        raise unknown_name(f"bench {task}", "method", spec.slug, [*known, *baselines])
+    card = catalog.card(spec.slug)
+    if card.task != task:
+        what = f"{spec.slug} belongs to the task {card.task}"
+        raise UnsupportedError(f"bench {task}", what, f"Use bench {card.task}.")
+    return settings.from_text(spec.slug, catalog.method(spec.slug), spec.params), card
+
+
+def held_weights(model: str, dtype: str, *, packed: bool) -> str:
+    """What a model's weights are and how they are run, for a result line."""
+    from tokenmill import models
+
+    held = str(models.info(model).get("weights", "as published")) if model in models.names() else "as published"
+    return ", ".join([held, f"run in {dtype}", *(["packed"] if packed else [])])
 
 
 @dataclass(frozen=True, slots=True)

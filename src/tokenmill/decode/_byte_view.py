@@ -151,6 +151,13 @@ class ByteTokenizerView:
         engine = self._engine
         return same and (not isinstance(engine, Unsplit) or engine.completable(ids))
 
+    def may_end(self, ids: Sequence[int]) -> bool:
+        """Whether a text may end behind tokens that begin the encoding of some text.
+
+        Not inside a character, and not behind blanks that are cut like this only when something follows.
+        """
+        return not ids or self._engine.may_end(ids)
+
     def valid_next(self, ids: Sequence[int]) -> Tensor:
         """The tokens that may follow.
 

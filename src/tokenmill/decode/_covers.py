@@ -28,7 +28,7 @@ _CHUNK = 64  # tokens whose whole laws are held at once
 class Contexts(Protocol):
     """Where logits come from: contexts that share a cache."""
 
-    def prefill(self, ids: Sequence[int], /) -> tuple[Sequence[Any], Tensor]: ...
+    def prefill(self, ids: Sequence[int], /) -> tuple[Any, Tensor]: ...
     def extend(self, parents: Sequence[Any], tokens: Sequence[int], /) -> tuple[Sequence[Any], Tensor]: ...
 
 
@@ -101,8 +101,8 @@ class Machine:
         mask, end = None, self.vocabulary.end
         if self.view is not None:
             mask = self.view.valid_next(ids).to(logits.device)
-            if not (self.view.prefix_closed or self.view.is_valid(ids)):
-                end = end[:0]  # these tokens stand only before something else
+            if not self.view.may_end(ids):
+                end = end[:0]
         law = token_law(logits, mask, end, self.temperature)
         self.trace.laws += 1
         self.trace.leaked += law.leak
@@ -248,8 +248,8 @@ def start_valid(machine: Machine, view: ByteTokenizerView, x: bytes, hard: Seque
     common = 0
     while all(len(ids) > common for ids in every) and len({ids[common] for ids in every}) == 1:
         common += 1
-    nodes, logits = machine.contexts.prefill(hard if scored else [*hard, *full[:common]])
-    root, row, logp = nodes[-1], logits[-1], 0.0
+    root, row = machine.contexts.prefill(hard if scored else [*hard, *full[:common]])
+    logp = 0.0
     if scored:
         root, row, logp = _scored(machine, root, row, full[:common])
     return _grow(machine, x, lefts, tuple(full[:common]), root, row, logp)
@@ -303,14 +303,15 @@ def _grow(
             if ids[:stop] not in places:
                 places[ids[:stop]] = len(beyond)
                 beyond.append(ids[:stop])
-    laws = {root: machine.law(root, row)}
+    laws, logps = {root: machine.law(root, row)}, {root: logp}
     if beyond:
         grown, rows = machine.contexts.extend([places[ids[:-1]] for ids in beyond], [ids[-1] for ids in beyond])
         for ids, place, logits in zip(beyond, grown, rows, strict=True):
-            places[ids], laws[ids] = place, machine.law(ids, logits)
-    logps = {root: logp}
-    for ids in beyond:
-        logps[ids] = logps[ids[:-1]] + float(laws[ids[:-1]].by_id[ids[-1]])
+            before = logps[ids[:-1]]
+            places[ids] = place
+            logps[ids] = before + float(laws[ids[:-1]].by_id[ids[-1]]) if before > -math.inf else before
+            if logps[ids] > -math.inf:  # nothing may follow what nothing begins with
+                laws[ids] = machine.law(ids, logits)
     found = []
     for end, ids in ((end, ids) for end, several in lefts.items() for ids in several):
         if logps[ids] > -math.inf:
@@ -332,8 +333,8 @@ def start_all(machine: Machine, x: bytes, hard: Sequence[int], ids: Sequence[int
         ids: fixed tokens.
         spelled: bytes of x that they spell.
     """
-    nodes, logits = machine.contexts.prefill([*hard, *ids])
-    first = machine.whole(tuple(ids), nodes[-1], spelled, 0.0, machine.law(tuple(ids), logits[-1]))
+    node, row = machine.contexts.prefill([*hard, *ids])
+    first = machine.whole(tuple(ids), node, spelled, 0.0, machine.law(tuple(ids), row))
     covers = Covers(machine, spelled, (first,))
     for byte in x[spelled:]:
         covers = covers.push(byte)

@@ -30,7 +30,7 @@ class Node:
     Attributes:
         row: of the cache.
         depth: tokens before it in its own context, its position.
-        parent: the token before it.
+        parent: the token before it; None for the prompt's last one.
         head: rows ``0 .. head`` of the prompt are seen.
         rows: (R,) int64, the rows beyond the prompt that it sees, its own last.
     """
@@ -67,14 +67,14 @@ class TokenTree:
         """Rows in use or free."""
         return self._depth.shape[0]
 
-    def prefill(self, ids: Sequence[int]) -> tuple[list[Node], Tensor]:
-        """Read a prompt.
+    def prefill(self, ids: Sequence[int]) -> tuple[Node, Tensor]:
+        """Read a prompt. Its rows stay for as long as the tree does.
 
         Args:
             ids: at least one token.
 
         Returns:
-            A node for each token, and the logits (1, V) behind the last one.
+            The node of the last token, and the logits (V,) behind it.
 
         Raises:
             LimitError: no tokens, or more than the model has positions.
@@ -90,10 +90,8 @@ class TokenTree:
             logits = self._forward(part, positions, None, keep=1)
         self._depth = torch.arange(len(ids), device=self.model.device)
         none = torch.zeros(0, dtype=torch.long, device=self.model.device)
-        nodes: list[Node] = []
-        for at in range(len(ids)):
-            nodes.append(Node(at, at, nodes[-1] if nodes else None, at, none))
-        return nodes, logits
+        last = len(ids) - 1
+        return Node(last, last, None, last, none), logits[-1]
 
     def extend(self, parents: Sequence[Node | int], tokens: Sequence[int]) -> tuple[list[Node], Tensor]:
         """Append tokens to contexts, all in one forward.

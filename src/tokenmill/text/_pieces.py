@@ -7,7 +7,6 @@ costs one encoding of a few words for each candidate. Equal ends of text share a
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -16,11 +15,12 @@ from numpy.typing import NDArray
 
 from tokenmill.text._byte_trie import ByteTrie
 from tokenmill.text._cut_masks import AHEAD, BLANKS, CutMasks
+from tokenmill.text._kept_masks import KeptMasks
 from tokenmill.text._utf8 import Continuations, likely_character, no_fallback, split, state_after
 
 Bools = NDArray[np.bool_]
 KEPT = 1024
-"""Masks that are remembered, of V / 8 bytes each."""
+"""Masks that are remembered."""
 BACK = 48
 """Tokens that are looked at for the beginning of a word."""
 FAR = 160
@@ -72,7 +72,7 @@ class Pieces:
         self._tokens, self._cutter, self._byte_ids = tokens, cutter, byte_ids
         self._candidates = candidates
         self._continuations = Continuations(trie)
-        self._masks: OrderedDict[tuple[int, ...], NDArray[np.uint8]] = OrderedDict()
+        self._masks = KeptMasks(len(tokens), kept=KEPT)
         self._words = all(self._cuts_at_words(probe) for probe in _PROBES)
 
     def encode(self, text: str, rest: bytes) -> list[int]:
@@ -104,14 +104,15 @@ class Pieces:
     def valid_next(self, ids: Sequence[int]) -> Bools:
         """(V,) bool: the tokens that may follow `ids`, so that both begin the encoding of some text."""
         tail = tuple(ids[self._safe(ids) :])
-        bits = self._masks.get(tail)
-        if bits is None:
-            bits = self._masks[tail] = np.packbits(self._mask(tail))
-            if len(self._masks) > KEPT:
-                self._masks.popitem(last=False)
-        else:
-            self._masks.move_to_end(tail)
-        return np.unpackbits(bits, count=len(self._tokens)).view(np.bool_)
+        return self._masks.get(tail, lambda: self._mask(tail))
+
+    def may_end(self, ids: Sequence[int]) -> bool:
+        """See `ByteTokenizerView.may_end`."""
+        tail = list(ids[self._safe(ids) :])
+        data = b"".join(self._tokens[i] or b"" for i in tail)
+        if state_after(data[_last_lead(data) :]):
+            return False
+        return data[-1] not in BLANKS or self.encode(data.decode(), b"") == tail
 
     def _mask(self, tail: Sequence[int]) -> Bools:
         before = b"".join(self._tokens[i] or b"" for i in tail)

@@ -6,7 +6,6 @@ byte tokens, which come only as complete spellings of characters that the vocabu
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from tokenmill.text._added import Beginnings, CutOut
 from tokenmill.text._byte_trie import ByteTrie
+from tokenmill.text._kept_masks import KeptMasks
 from tokenmill.text._merges import Pairs
 from tokenmill.text._utf8 import Continuations, Spelled, no_fallback, split, state_after
 
@@ -77,7 +77,7 @@ class Unsplit:
         self._plain[[i for i, token in enumerate(v.tokens) if not token]] = False
         self._plain[[*self._byte_of, *v.added.ids]] = False
         self._continuations = Continuations(v.trie)
-        self._masks: OrderedDict[Tail, NDArray[np.uint8]] = OrderedDict()
+        self._masks = KeptMasks(len(v.tokens), kept=KEPT)
 
     def encode(self, text: str, rest: bytes) -> list[int]:
         """The canonical tokens of a text, then those of `rest`, the beginning of a character."""
@@ -98,14 +98,11 @@ class Unsplit:
     def valid_next(self, ids: Sequence[int]) -> Bools:
         """(V,) bool: the tokens that may follow canonical `ids`."""
         tail = self.tail(ids)
-        bits = self._masks.get(tail)
-        if bits is None:
-            bits = self._masks[tail] = np.packbits(self._mask(tail))
-            if len(self._masks) > KEPT:
-                self._masks.popitem(last=False)
-        else:
-            self._masks.move_to_end(tail)
-        return np.unpackbits(bits, count=len(self.vocabulary.tokens)).view(np.bool_)
+        return self._masks.get(tail, lambda: self._mask(tail))
+
+    def may_end(self, ids: Sequence[int]) -> bool:
+        """See `ByteTokenizerView.may_end`."""
+        return not self._partial(ids)
 
     def extend(self, ids: Sequence[int], data: bytes) -> list[int] | None:
         """Canonical tokens of the text of `ids` and of `data` behind it, or None where the whole must be encoded.

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +11,9 @@ import torch
 from torch import Tensor
 
 from tokenmill.bench.task import Item, Outcome
+from tokenmill.bench.tasks._generation import counted
 from tokenmill.decode import ByteLM
+from tokenmill.decode._byte_text import generate_bytes
 from tokenmill.decode._byte_vocabulary import Law
 from tokenmill.decode._covers import Covers, Machine
 from tokenmill.decode._token_tree import TokenTree
@@ -36,13 +37,13 @@ def healed(lm: ByteLM, x: bytes) -> Covers:
         return lm.start(x)
     last = lm.view.token_bytes[ids[-1]] or b""
     machine = Machine(TokenTree("healing", lm.model, lm.trace), None, lm.vocabulary, trace=lm.trace)
-    nodes, logits = machine.contexts.prefill([*lm.head, *ids[:-1]])
+    node, row = machine.contexts.prefill([*lm.head, *ids[:-1]])
     start = len(x) - len(last)
-    law: Law = machine.law(ids[:-1], logits[-1])
-    found = [machine.context(tuple(ids[:-1]), nodes[-1], start, 0.0, law, last)]
-    whole, rows = machine.contexts.extend([nodes[-1]], [ids[-1]])
+    law: Law = machine.law(ids[:-1], row)
+    found = [machine.context(tuple(ids[:-1]), node, start, 0.0, law, last)]
+    (whole,), rows = machine.contexts.extend([node], [ids[-1]])
     logp = float(law.by_id[ids[-1]])
-    found.append(machine.context(tuple(ids), whole[0], len(x), logp, machine.law(ids, rows[0]), b""))
+    found.append(machine.whole(tuple(ids), whole, len(x), logp, machine.law(ids, rows[0])))
     return Covers(machine, len(x), tuple(c for c in found if c is not None))
 
 
@@ -79,9 +80,13 @@ class ByteCompletion:
     def run(self, item: Item, /) -> Outcome:
         """Generate greedily to the end of the line."""
         before = [trace.counts() for trace in self.traces]
-        text = self.model.generate(item.content.before, max_new_bytes=self.new_bytes, temperature=0, stop=[b"\n"])
+        state = self.model.start(item.content.before)
+        begun = [trace.counts() for trace in self.traces]
+        text = generate_bytes(state, max_new_bytes=self.new_bytes, temperature=0.0, top_p=1.0, stop=[b"\n"])
         after = [trace.counts() for trace in self.traces]
-        return Outcome(text.data, _grown(before, after) | {"bytes": float(max(len(text.data), 1))})
+        # The line break that ends a text is chosen, and not read.
+        counts = {"bytes": float(max(len(text.data), 1)), "rows": _grown(begun, after)["positions"]}
+        return Outcome(text.data, _grown(before, after) | counts)
 
 
 @dataclass(slots=True)
@@ -115,15 +120,15 @@ class TokenCompletion:
             arguments |= {"token_healing": True, "tokenizer": self.tokenizer}
         prompt = torch.tensor([[*self.lm.head, *ids]], device=self.lm.model.device)
         done = _LineDone(view, prompt.shape[1] - (self.healing == "transformers"), len(x) - len(start), self.new_bytes)
-        with _counted(self.lm.model) as seen, torch.inference_mode():
-            out = self.lm.model.generate(
-                input_ids=prompt,
-                attention_mask=torch.ones_like(prompt),
-                do_sample=False,
-                max_new_tokens=self.new_bytes + 1,
-                stopping_criteria=[done],
-                **arguments,
-            )[0].tolist()
+        failed = 0.0
+        with counted(self.lm.model) as seen:
+            try:
+                out = self._generate(prompt, done, arguments)
+            except KeyError:
+                if self.healing != "transformers":
+                    raise
+                # It looks the last token up among those that it weighs, and does not always find it.
+                out, failed = [], 1.0
         if self.healing == "transformers":
             spelled = _spelled(view, out)
             # It decodes the prompt, strips it and encodes it again; what it made stands behind the common part.
@@ -132,7 +137,20 @@ class TokenCompletion:
             data = (start + _spelled(view, out[prompt.shape[1] :]))[len(x) :]
         text = data.split(b"\n")[0][: self.new_bytes]
         counts = {"model_calls": float(seen[0]), "positions": float(seen[1]), "bytes": float(max(len(text), 1))}
-        return Outcome(text, counts)
+        return Outcome(text, counts | {"failed": failed})
+
+    def _generate(self, prompt: Tensor, done: Any, arguments: Mapping[str, Any]) -> list[int]:
+        """All tokens, the prompt's included."""
+        with torch.inference_mode():
+            out = self.lm.model.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                do_sample=False,
+                max_new_tokens=self.new_bytes + 1,
+                stopping_criteria=[done],
+                **arguments,
+            )
+        return out[0].tolist()
 
 
 class _BeginsWith:
@@ -169,23 +187,6 @@ def _grown(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any
     """What the counters of one or more models grew by, added up."""
     names = ("model_calls", "positions", "laws", "leaked")
     return {name: float(sum(b[name] - a[name] for a, b in zip(before, after, strict=True))) for name in names}
-
-
-@contextmanager
-def _counted(model: Any) -> Generator[list[int], None, None]:
-    """Yield ``[calls, positions]`` of the model's forward passes inside the block."""
-    seen = [0, 0]
-
-    def count(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        seen[0] += 1
-        seen[1] += ids.shape[-1] if ids is not None else 0
-
-    handle = model.register_forward_pre_hook(count, with_kwargs=True)
-    try:
-        yield seen
-    finally:
-        handle.remove()
 
 
 def tokens_as_they_are(lm: ByteLM) -> ByteLM:

@@ -185,7 +185,10 @@ class Masked:
             row = self.setting.generate(item, logits_processor=[processor])[0]
         spent.append(processor.spent[0])
         text = self.setting.text(row)
-        return _outcome({text: 1.0}, constraint, spent, steps=len(row), drawn=len(row), checks=processor.checks)
+        made = _outcome({text: 1.0}, constraint, spent, steps=len(row), drawn=len(row), checks=processor.checks)
+        # The naive mask has a limit of its own, so that most of its lines are beginnings.
+        cut = self.engine == "naive" and int(row[-1]) not in self.setting.ends
+        return Outcome({**made.output, "cut": cut}, made.counts)
 
     def _guided(self, item: Item) -> _Guided:
         import llguidance
@@ -281,7 +284,7 @@ def _outcome(
         "own_ms": whole - model,
         "constraint_ms": checking,
     }
-    return Outcome({"posterior": texts, "valid": valid}, counts)
+    return Outcome({"posterior": texts, "valid": valid, "cut": False}, counts)
 
 
 @contextmanager

@@ -68,7 +68,7 @@ class Subject:
             arguments["custom_generate"] = self.decoder
             if self.sample and "generator" in inspect.signature(self.decoder).parameters:
                 arguments["generator"] = torch.Generator().manual_seed(stream)
-        with _counted(self.model) as seen, torch.random.fork_rng(devices=[]), torch.inference_mode():
+        with counted(self.model) as seen, torch.random.fork_rng(devices=[]), torch.inference_mode():
             torch.manual_seed(stream)
             output = self.model.generate(**arguments)
         return output[0, len(item.content) :].tolist(), seen[0], seen[1]
@@ -88,7 +88,7 @@ def _stream(seed: int, item: str) -> int:
 
 
 @contextmanager
-def _counted(model: Any) -> Generator[list[int], None, None]:
+def counted(model: Any) -> Generator[list[int], None, None]:
     """Yield ``[calls, positions]`` of the model's forward passes inside the block."""
     seen = [0, 0]
 

@@ -16,10 +16,9 @@ from difflib import SequenceMatcher
 from functools import cached_property
 from typing import Any, Literal
 
-from tokenmill import catalog, settings
-from tokenmill.bench.task import Item, MethodSpec, Metric, Outcome, Scalar
+from tokenmill.bench.task import Item, MethodSpec, Metric, NoSettings, Outcome, Scalar, held_weights, read_spec
 from tokenmill.bench.texts import Source, sources
-from tokenmill.errors import LimitError, UnsupportedError, unknown_name
+from tokenmill.errors import LimitError, UnsupportedError
 
 _CUTS = ("mid-token", "boundary", "closed")
 _CLOSED = 1e-3  # share of mass on tokens that reach past the end, at most
@@ -66,11 +65,6 @@ class Options:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NoSettings:
-    """A baseline without settings."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Ensemble:
     """Both models, averaged."""
 
@@ -106,11 +100,7 @@ class Task:
         return self.options.model
 
     def weights(self) -> str:
-        from tokenmill import models
-
-        known = self.options.model in models.names()
-        held = str(models.info(self.options.model).get("weights", "as published")) if known else "as published"
-        return ", ".join([held, f"run in {self.options.dtype}", *(["packed"] if self.options.packed else [])])
+        return held_weights(self.options.model, self.options.dtype, packed=self.options.packed)
 
     def settings(self) -> dict[str, Scalar]:
         """The options that tell two measurements of a method apart."""
@@ -142,22 +132,15 @@ class Task:
             UnsupportedError: a method of another task, or one that needs what was not given.
         """
         where, o = "bench bytes", self.options
-        if spec.slug in _BASELINES:
-            params = settings.from_text(spec.slug, _BASELINES[spec.slug], spec.params)
+        params, card = read_spec(self.name, _BASELINES, spec)
+        if card is None:
             if spec.slug in ("other", "ensemble") and not o.other:
                 raise UnsupportedError(where, f"{spec.slug} needs a second model", "Give one with --other.")
             if spec.slug == "transformers-healing" and o.measure != "complete":
                 raise UnsupportedError(where, "transformers' healing has no law", "Use --measure complete.")
             return MethodSpec(spec.slug, params)
-        known = catalog.entries()
-        if spec.slug not in known:
-            raise unknown_name(where, "method", spec.slug, [*known, *_BASELINES])
-        card = catalog.card(spec.slug)
-        if card.task != self.name:
-            raise UnsupportedError(where, f"{spec.slug} belongs to the task {card.task}", f"Use bench {card.task}.")
         from tokenmill.decode._byte_lm import check_mode
 
-        params = settings.from_text(spec.slug, catalog.method(spec.slug), spec.params)
         check_mode(spec.slug, params.get("mode", "valid"), params.get("beam"), params.get("lookback"))
         return MethodSpec(spec.slug, params)
 
@@ -204,9 +187,9 @@ class Task:
         }
 
     def derive(self, totals: Mapping[str, float], /) -> dict[str, float]:
-        """Mean leak of a context; rows of the model for each byte that was made, prompts left out."""
+        """Mean leak of a context; of completions byte by byte, rows of the model for each byte behind the prompt."""
         found = {"leak": totals["leaked"] / totals["laws"]} if totals.get("laws") else {}
-        return found | {"positions_per_byte": totals["positions"] / totals["bytes"]}
+        return found | ({"rows_per_byte": totals["rows"] / totals["bytes"]} if totals.get("rows") else {})
 
     def byte_model(self, name: str, **own: Any) -> Any:
         """A model as a model of bytes; the reading of its tokenizer is kept."""

@@ -14,10 +14,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from tokenmill import catalog, settings
-from tokenmill.bench.task import Item, MethodSpec, Metric, Outcome, Scalar
+from tokenmill import catalog
+from tokenmill.bench.task import Item, MethodSpec, Metric, NoSettings, Outcome, Scalar, held_weights, read_spec
 from tokenmill.bench.tasks import _tasks_under_constraints as asked
-from tokenmill.errors import LimitError, UnsupportedError, unknown_name
+from tokenmill.errors import LimitError, unknown_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,11 +51,6 @@ class Options:
         for name in ("limit", "new_tokens", "mask_tokens", "repeats"):
             if getattr(self, name) < 1:
                 raise LimitError("bench constrain", name, getattr(self, name), "at least 1")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NoSettings:
-    """A baseline without settings."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,11 +90,7 @@ class Task:
         return self.options.model
 
     def weights(self) -> str:
-        from tokenmill import models
-
-        known = self.options.model in models.names()
-        held = str(models.info(self.options.model).get("weights", "as published")) if known else "as published"
-        return ", ".join([held, f"run in {self.options.dtype}", *(["packed"] if self.options.packed else [])])
+        return held_weights(self.options.model, self.options.dtype, packed=self.options.packed)
 
     def settings(self) -> dict[str, Scalar]:
         """The options that tell two measurements of a method apart."""
@@ -126,20 +117,9 @@ class Task:
             LimitError: unknown method or setting, or a value outside its limit.
             UnsupportedError: a method of another task.
         """
-        if spec.slug in _BASELINES:
-            params = settings.from_text(spec.slug, _BASELINES[spec.slug], spec.params)
-            _BASELINES[spec.slug](**params)
-            return MethodSpec(spec.slug, params)
-        known = catalog.entries()
-        if spec.slug not in known:
-            raise unknown_name("bench constrain", "method", spec.slug, [*known, *_BASELINES])
-        card = catalog.card(spec.slug)
-        if card.task != self.name:
-            raise UnsupportedError(
-                "bench constrain", f"{spec.slug} belongs to the task {card.task}", f"Use bench {card.task}."
-            )
-        params = settings.from_text(spec.slug, catalog.method(spec.slug), spec.params)
-        replace(catalog.load(spec.slug).small(), **params)
+        params, card = read_spec(self.name, _BASELINES, spec)
+        if card is not None:
+            replace(catalog.load(spec.slug).small(), **params)
         return MethodSpec(spec.slug, params)
 
     def subject(self, spec: MethodSpec, kind: str, /) -> Any:
@@ -166,6 +146,8 @@ class Task:
         return subject
 
     def quality(self, item: Item, plain: Outcome, ours: Outcome, /) -> dict[str, float]:  # noqa: ARG002
+        if ours.output["cut"]:
+            return {}  # the beginning of a line says nothing
         found = {} if ours.counts["tokens"] < 1 else {"valid": float(ours.output["valid"])}
         if item.content.answer is not None:
             share = sum(p for text, p in ours.output["posterior"].items() if item.content.right(text))

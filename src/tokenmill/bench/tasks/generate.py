@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from tokenmill import catalog, settings
-from tokenmill.bench.task import Item, MethodSpec, Metric, Outcome, Scalar
+from tokenmill import catalog
+from tokenmill.bench.task import Item, MethodSpec, Metric, NoSettings, Outcome, Scalar, held_weights, read_spec
 from tokenmill.bench.texts import Source, sources
-from tokenmill.errors import LimitError, UnsupportedError, unknown_name
+from tokenmill.errors import LimitError, UnsupportedError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,11 +66,6 @@ class PromptLookup:
     num_tokens: int = 10
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NoSettings:
-    """A baseline without settings."""
-
-
 _BASELINES: dict[str, Any] = {
     "plain": NoSettings,
     "stock": NoSettings,
@@ -98,11 +93,7 @@ class Task:
         return self.options.model
 
     def weights(self) -> str:
-        from tokenmill import models
-
-        known = self.options.model in models.names()
-        held = str(models.info(self.options.model).get("weights", "as published")) if known else "as published"
-        return ", ".join([held, f"run in {self.options.dtype}", *(["packed"] if self.options.packed else [])])
+        return held_weights(self.options.model, self.options.dtype, packed=self.options.packed)
 
     def settings(self) -> dict[str, Scalar]:
         """The options that tell two measurements of a method apart."""
@@ -128,21 +119,12 @@ class Task:
             LimitError: unknown method or setting, or a value outside its limit.
             UnsupportedError: a method of another kind, or one that needs a draft model when none is given.
         """
-        if spec.slug in _BASELINES:
-            params = settings.from_text(spec.slug, _BASELINES[spec.slug], spec.params)
+        params, card = read_spec(self.name, _BASELINES, spec)
+        if card is None:
             needs = {"draft_model"} if spec.slug == "assisted" else set()
-            _BASELINES[spec.slug](**params)
+        elif card.kind != "decoder":
+            raise UnsupportedError("bench generate", f"{spec.slug} is a {card.kind}, not a decoder")
         else:
-            known = catalog.entries()
-            if spec.slug not in known:
-                raise unknown_name("bench generate", "method", spec.slug, [*known, *_BASELINES])
-            card = catalog.card(spec.slug)
-            if card.kind != "decoder":
-                raise UnsupportedError("bench generate", f"{spec.slug} is a {card.kind}, not a decoder")
-            if card.task != self.name:
-                what = f"{spec.slug} belongs to the task {card.task}"
-                raise UnsupportedError("bench generate", what, f"Use bench {card.task}.")
-            params = settings.from_text(spec.slug, catalog.method(spec.slug), spec.params)
             needs = card.needs
             if "draft_model" not in needs:
                 catalog.method(spec.slug)(**params)
