@@ -262,6 +262,26 @@ def test_errors_keep_the_text_so_far() -> None:
     assert caught.value.partial == ByteText(b"AAAA", False)
 
 
+def test_a_character_that_would_be_cut_is_left_out() -> None:
+    class Writes:
+        length = 0
+
+        def __init__(self, data: bytes) -> None:
+            self.data = data
+
+        def logprobs(self) -> torch.Tensor:
+            law = torch.full((SLOTS,), -math.inf, dtype=torch.float64)
+            law[self.data[0]] = 0.0
+            return law
+
+        def push(self, byte: int) -> Writes:
+            return Writes(self.data[1:])
+
+    for limit, whole in ((3, "日"), (4, "日"), (5, "日"), (6, "日本")):
+        made = generate_bytes(Writes("日本語".encode()), max_new_bytes=limit, temperature=0, top_p=1.0)
+        assert made.data == whole.encode()
+
+
 @pytest.fixture(scope="module")
 def toy() -> tuple[Any, tokenizers.Tokenizer]:
     """A tiny model whose tokenizer merges pairs and has control tokens: an end, and the three of infilling."""
@@ -316,6 +336,11 @@ def test_generate_keeps_the_prompt_and_continues_its_bytes(toy: Any) -> None:
     assert made == lm.generate(b"xa", max_new_bytes=len(made), temperature=0).data
     assert decoder.trace.tokens_so_far == out[3:]
     assert decoder.trace.bytes >= len(made)
+    # The text begins behind the last control token, and what is before it is a context as it stands.
+    two = run(toy, [30, 23, 31, 0], decoder)[0].tolist()
+    behind = ByteLM(model, tokenizer, context=[30, 23, 31])
+    made = lm.view.token_bytes.join(two[4:])
+    assert made == behind.generate(b"a", max_new_bytes=len(made), temperature=0).data
     # Padding on the left is not part of the text.
     padded = torch.tensor([[0, 0, *prompt]])
     mask = torch.tensor([[0, 0, 1, 1, 1]])
