@@ -160,6 +160,8 @@ def test_a_grammar_of_sums() -> None:
         ('start: x{0,3}\nx: x "b"', False),
         ("start: x~0..3\nx: x", False),
         ("start: x~2\nx: x", True),
+        ('start: x+\nx: x "a"', True),
+        ('start: A\nA: ~B\nB: B "x"', False),
         ('# s\nstart: "a" b-c // foo\nb-c: /x\\/y/ | "//"\n%ignore " "', False),
         ('start: %json {"const": "}"} start', True),
         ('start: %json {"const": "}"}', False),

@@ -192,6 +192,7 @@ def test_what_can_go_on_is_allowed(text: str) -> None:
         ),
         *(
             "return 5\n",
+            "return 5\r",
             "break\n",
             "await x\n",
             "def f(x, x):\n  pass\n",

@@ -77,8 +77,6 @@ class _Python:
 
 
 def _can_become_python(text: str) -> bool:
-    if "\0" in text:
-        return False
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     if _refused_by_compiler(text[: text.rfind("\n") + 1]):
         return False
@@ -102,9 +100,9 @@ def _grown(text: str) -> Iterator[str]:
         before, word = text[: found.start()], found["word"]
         words = [f" {longer}" for longer in _BEHIND_NUMBERS if longer.startswith(word)] if word else [""]
         yield from (before + number + longer for number in ("0", "0j") for longer in words)
-    for length in (1, 2):
-        before, end = text[:-length], text[-length:]
-        yield from (before + longer for longer in _OPERATORS if longer.startswith(end) and longer != end)
+    # The start of an operator of three is an operator itself, or (two dots) a number's or an attribute's.
+    before, end = text[:-1], text[-1:]
+    yield from (before + longer for longer in _OPERATORS if longer.startswith(end) and longer != end)
     # From Python 3.12 on an open string inside an f-string with the same quotes is reported as a brace that is missing.
     yield from (f"{text} {quote}" for quote in _QUOTES if quote in text)
 
