@@ -227,7 +227,7 @@ def awrs_peer() -> str:
          f"{line['checks_per_token']:.1f}"] for line in found if line["what"] == "speed"
     ]  # fmt: skip
     means = [line for line in found if line["what"] == "mean weight"]
-    text = "; ".join(f"{m['side']} {m['value']:.5f} ± {m['standard_error']:.5f}" for m in means)
+    text = "; ".join(f"{m['side']} {m['value']:.2e} ± {m['standard_error']:.2e}" for m in means)
     head = ["predicate", "side", "ms a call", "ms a token", "checks a token"]
     note = f"\nMean weight of {means[0]['runs']} runs (estimates of one normaliser): {text}.\n" if means else ""
     return table(head, rows) + note + provenance(found)
