@@ -15,12 +15,17 @@ from tokenmill.errors import LimitError, UnsupportedError
 
 from . import _constrained
 from ._output import Json, Slug, console, print_json, print_table, quiet_loading
+from ._run_command import RunCommand, own_commands
 
 _DTYPES = ("float32", "bfloat16")
 
 
 def register(app: typer.Typer) -> None:
-    app.command("run")(command)
+    others = ", ".join(own_commands())
+    epilog = (
+        f"Methods with options of their own: {others}. tokenmill run {others.split(', ')[0]} --help" if others else None
+    )
+    app.command("run", cls=RunCommand, epilog=epilog)(command)
 
 
 def command(
@@ -54,12 +59,12 @@ def command(
     """
     card = catalog.card(slug)
     if card.kind != "decoder":
-        raise UnsupportedError("run", f"{card.slug} is a {card.kind}, and this command runs decoders")
+        raise UnsupportedError("run", f"{card.slug} is a {card.kind} and has no command")
     if dtype not in _DTYPES:
         raise LimitError("run", "dtype", dtype, f"one of {', '.join(_DTYPES)}")
     if "draft_model" in card.needs and not draft:
         raise typer.BadParameter(f"{card.slug} needs a draft model; give one with --draft")
-    values = settings.from_text(card.slug, catalog.method(card.slug), _pairs(set_ or []))
+    values = settings.from_text(card.slug, catalog.method(card.slug), pairs(set_ or []))
     text = _text(prompt, file)
     asked = _constrained.Constraint(regex, json_schema, grammar, predicate, python)
     if "constraint" in card.needs:
@@ -75,7 +80,8 @@ def command(
     _report(card, runs.both(card, values, text, quiet=as_json), as_json)
 
 
-def _pairs(written: list[str]) -> dict[str, str]:
+def pairs(written: list[str]) -> dict[str, str]:
+    """What ``--set`` was given, by key."""
     pairs: dict[str, str] = {}
     for text in written:
         key, found, value = text.partition("=")

@@ -1,0 +1,1 @@
+"""Methods with a command of their own: `command` in the file named after the method is ``tokenmill run SLUG``."""
