@@ -105,6 +105,8 @@ def _bad_values(hint: Any, value: Any) -> list[Any]:
 
 def _settings(case: Case) -> Any:
     """The frozen dataclass with a method's parameters: the method itself, or its `config`."""
+    if not isinstance(getattr(case.module, case.card.api[0]), type):
+        raise DoesNotApply(f"{case.card.api[0]} is a function")
     small = case.small()
     for settings in (small, getattr(small, "config", None)):
         if dataclasses.is_dataclass(settings) and not isinstance(settings, type):

@@ -29,6 +29,7 @@ from tokenmill.text._embedders import TextEmbedder as TextEmbedder
 from tokenmill.text._model_rows import check_model, checked_copy, resize_and_write, retarget_ids, suppress
 from tokenmill.text._row_estimates import focus_mixture, global_mixture, local_mixture, piece_mean
 from tokenmill.text._row_mixture import RowMixture
+from tokenmill.text._supertokens import train_supertokenizer as train_supertokenizer
 from tokenmill.text._token_bytes import TokenBytes
 from tokenmill.text._vocabulary_match import VocabularyMatch, match_vocabularies, old_pieces
 
@@ -49,7 +50,15 @@ CARD = Card(
         "Without any training, lower perplexity than the mean of a token's pieces and than a dictionary of "
         "translations; most of the paper's gain is in a script that the new vocabulary covers and the old one did not."
     ),
-    api=("TokenAdapt", "transplant", "Transplanted", "TransplantReport", "HashEmbedder", "TextEmbedder"),
+    api=(
+        "TokenAdapt",
+        "transplant",
+        "Transplanted",
+        "TransplantReport",
+        "HashEmbedder",
+        "TextEmbedder",
+        "train_supertokenizer",
+    ),
     exact=False,
     trains=False,
     task="transplant",
