@@ -113,7 +113,7 @@ class CharCounter:
                 raise UnsupportedError("CharCounter", "a bare vocabulary has no encoder", "Use TokenBytes.from_ranks.")
             ranks = vocabulary.ranks
             batch = lambda texts: [ranks(text) for text in texts]  # noqa: E731
-        cut: Callable[[list[str]], list[list[int]]] = batch
+        cut: Callable[[list[str]], Any] = batch
 
         def encode(texts: Sequence[str]) -> Ids:
             return _flat(cut(list(texts)))

@@ -139,7 +139,7 @@ def decide(texts: Sequence[str], counter: CharCounter, policy: Policy, *, judge:
     # Nothing is below any threshold where there is no text, and everything is where a text has no tokens.
     cpt = np.where(chars == 0, np.inf, chars / np.maximum(tokens, 1))
     cpt[(chars > 0) & (tokens == 0)] = 0.0
-    script = scripts.text_classes(cut)
+    script = batch.script if batch is not None else scripts.text_classes(cut)
     threshold, flagged = np.full(len(cut), -np.inf), np.zeros(len(cut), dtype=bool)
     hits: dict[int, list[tuple[int, int]]] = {}
     if judge:

@@ -72,6 +72,7 @@ class TokenBatch:
     Attributes:
         texts: B texts.
         chars: (B,) int64, their characters.
+        starts: (B + 1,) int64, where they begin when they are joined.
         offsets: (B + 1,) int64, where each one's tokens begin.
         lengths: (M,) int64, characters that each token completes.
     """
@@ -79,6 +80,7 @@ class TokenBatch:
     def __init__(self, texts: Sequence[str], counter: CharCounter, chunk: int) -> None:
         self.texts = texts
         self.chars = np.fromiter(map(len, texts), dtype=np.int64, count=len(texts))
+        self.starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(self.chars)])
         cut, parts = _cut(texts, self.chars, chunk)
         found: CharLengths = counter.lengths(cut)
         self.lengths = found.lengths
@@ -97,9 +99,13 @@ class TokenBatch:
         return found
 
     @cached_property
-    def _codes(self) -> NDArray[np.uint8]:
-        # A text without tokens has no place among `ends`.
-        return scripts.codes("".join(t for t, m in zip(self.texts, self.tokens.tolist(), strict=True) if m))
+    def _counts(self) -> scripts.ScriptCounts:
+        return scripts.ScriptCounts("".join(self.texts))
+
+    @cached_property
+    def script(self) -> NDArray[np.uint8]:
+        """(B,) uint8: the script class of each text."""
+        return self._counts.classes(self.starts[:-1], self.starts[1:])
 
     @cached_property
     def _last(self) -> NDArray[np.int64]:
@@ -114,7 +120,9 @@ class TokenBatch:
 
     def classes(self, starts: NDArray[np.int64], window: int) -> NDArray[np.uint8]:
         """The script classes of windows that begin at these tokens."""
-        return scripts.span_classes(self._codes, self.ends[starts], self.ends[starts + window])
+        # Texts that no token came out of have characters and no place among `ends`.
+        shift = (self.starts[:-1] - self.ends[self.offsets[:-1]])[self.owners(starts)]
+        return self._counts.classes(self.ends[starts] + shift, self.ends[starts + window] + shift)
 
     def owners(self, starts: NDArray[np.int64]) -> NDArray[np.int64]:
         """The texts that these tokens belong to."""

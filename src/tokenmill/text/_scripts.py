@@ -79,22 +79,30 @@ def classes(counts: NDArray[np.int64]) -> NDArray[np.uint8]:
     return np.where(letters.sum(axis=1) < counts[:, _SIGN], STRUCTURED, found).astype(np.uint8)
 
 
+class ScriptCounts:
+    """Classes of any spans of one text, from running counts of its codes."""
+
+    def __init__(self, text: str) -> None:
+        found = codes(text)
+        present = (0, _SIGN) if text.isascii() else np.flatnonzero(np.bincount(found, minlength=WIDTH)).tolist()
+        self._below: dict[int, NDArray[np.int64]] = {}  # code -> (n + 1,) how many of it before each character
+        for code in present:
+            below = np.zeros(len(found) + 1, dtype=np.int64)
+            np.cumsum(found == code, out=below[1:])
+            self._below[code] = below
+
+    def classes(self, starts: NDArray[np.int64], stops: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """(S,) uint8: the class of each span."""
+        counts = np.zeros((len(starts), WIDTH), dtype=np.int64)
+        for code, below in self._below.items():
+            counts[:, code] = below[stops] - below[starts]
+        return classes(counts)
+
+
 def text_classes(texts: Sequence[str]) -> NDArray[np.uint8]:
     """(B,) uint8: the class of each text. One without letters or signs is "latin", as "" is."""
-    sizes = np.fromiter(map(len, texts), dtype=np.int64, count=len(texts))
-    cells = np.repeat(np.arange(len(texts)) * WIDTH, sizes) + codes("".join(texts))
-    counts = np.bincount(cells, minlength=len(texts) * WIDTH).reshape(len(texts), WIDTH)
-    return classes(counts)
-
-
-def span_classes(found: NDArray[np.uint8], starts: NDArray[np.int64], stops: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """(S,) uint8: the class of each span of a text whose codes are `found` (n,)."""
-    counts = np.zeros((len(starts), WIDTH), dtype=np.int64)
-    for code in np.flatnonzero(np.bincount(found, minlength=WIDTH)).tolist():
-        below = np.zeros(len(found) + 1, dtype=np.int64)
-        np.cumsum(found == code, out=below[1:])
-        counts[:, code] = below[stops] - below[starts]
-    return classes(counts)
+    ends = np.cumsum([0, *map(len, texts)])
+    return ScriptCounts("".join(texts)).classes(ends[:-1], ends[1:])
 
 
 def script(text: str) -> str:

@@ -63,8 +63,8 @@ CARD = Card(
         "Thresholds are fitted by script and length on clean texts, and windows show which part is encoded."
     ),
     claim=(
-        "Tells encoded from clean prose of one language nearly without fault, at the cost of one tokenization; of clean "
-        "texts like those of the calibration at most the asked share is flagged."
+        "Tells encoded from clean prose of one language nearly without fault, at the cost of one tokenization; of texts "
+        "like the clean ones of the calibration at most the asked share is flagged."
     ),
     api=(
         "CPTFilter",
@@ -335,7 +335,7 @@ def _measured(batch: TokenBatch, windows: Sequence[int]) -> Sample:
         if starts.size:
             np.minimum.at(low, (batch.owners(starts), batch.classes(starts, window)), sums[starts] / window)
         minima[window] = low
-    return Sample(scripts.text_classes(batch.texts), batch.chars, batch.tokens, squares, minima)
+    return Sample(batch.script, batch.chars, batch.tokens, squares, minima)
 
 
 def _check_window(where: str, window: Any, name: str = "window") -> None:
