@@ -113,12 +113,12 @@ class CharCounter:
                 raise UnsupportedError("CharCounter", "a bare vocabulary has no encoder", "Use TokenBytes.from_ranks.")
             ranks = vocabulary.ranks
             batch = lambda texts: [ranks(text) for text in texts]  # noqa: E731
-        cut: Callable[[list[str]], Any] = batch
+        cut: Any = batch
 
-        def encode(texts: Sequence[str]) -> Ids:
+        def encode_texts(texts: Sequence[str]) -> Ids:
             return _flat(cut(list(texts)))
 
-        return cls(encode, lambda texts: encode(texts)[1], None, vocabulary, vocabulary.lengths)
+        return cls(encode_texts, lambda texts: encode_texts(texts)[1], None, vocabulary, vocabulary.lengths)
 
     @classmethod
     def _of_backend(cls, vocabulary: TokenBytes) -> CharCounter:
@@ -174,7 +174,8 @@ class CharCounter:
             raise UnsupportedError(
                 "CharCounter.lengths", "the tokens' bytes are not the text's and there are no offsets"
             )
-        for i, pairs in zip(which.tolist(), self._offsets([texts[i] for i in which]), strict=True):
+        chosen = [texts[i] for i in which.tolist()]
+        for i, pairs in zip(which.tolist(), self._offsets(chosen), strict=True):
             lengths[offsets[i] : offsets[i + 1]] = completed(pairs, len(texts[i]))
 
     @cached_property

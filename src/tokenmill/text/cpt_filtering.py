@@ -63,8 +63,8 @@ CARD = Card(
         "Thresholds are fitted by script and length on clean texts, and windows show which part is encoded."
     ),
     claim=(
-        "Tells encoded from clean prose of one language nearly without fault, at the cost of one tokenization; of texts "
-        "like the clean ones of the calibration at most the asked share is flagged."
+        "Tells encoded from clean prose of one language nearly without fault, at the cost of one tokenization. "
+        "Of texts like the clean ones of the calibration, at most the asked share is flagged."
     ),
     api=(
         "CPTFilter",
