@@ -1,6 +1,6 @@
-"""Corpora by name: three that Python itself carries (its library's source, its manual, an index of its API), one of ours.
+"""Corpora by name: three that Python itself carries, its library's source, its manual and an index of its API.
 
-The fourth holds short lines in ten languages, which Python does not have.
+The fourth is ours and holds short lines in ten languages, which Python does not have.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def names() -> list[str]:
 def load(name: str) -> Corpus:
     """Load a corpus: ``"python-stdlib"``, ``"python-reference"``, ``"stdlib-json"`` or ``"multilingual-lines"``.
 
-    The last ships with this package. The others are read from the running Python, so their text follows its version; ``Corpus.sha256`` says which
-    text it was. The result is kept for the life of the process.
+    The last ships with this package. The others are read from the running Python, so their text follows its version;
+    ``Corpus.sha256`` says which text it was. The result is kept for the life of the process.
 
     Raises:
         LimitError: unknown name.

@@ -112,7 +112,7 @@ class CharCounter:
             if vocabulary.ranks is None:
                 raise UnsupportedError("CharCounter", "a bare vocabulary has no encoder", "Use TokenBytes.from_ranks.")
             ranks = vocabulary.ranks
-            batch = lambda texts: [ranks(text) for text in texts]  # noqa: E731
+            batch = lambda texts: list(map(ranks, texts))  # noqa: E731
         cut: Any = batch
 
         def encode_texts(texts: Sequence[str]) -> Ids:
@@ -137,7 +137,7 @@ class CharCounter:
             return np.fromiter(map(len, found), dtype=np.int64, count=len(found))
 
         def offsets(texts: Sequence[str]) -> list[NDArray[np.int64]]:
-            found = copy.encode_batch(list(texts), add_special_tokens=False)
+            found: list[Any] = copy.encode_batch(list(texts), add_special_tokens=False)
             return [np.array(e.offsets, dtype=np.int64).reshape(-1, 2) for e in found]
 
         return cls(encode, count, offsets, vocabulary, table)

@@ -11,9 +11,8 @@ import binascii
 import re
 import string
 import urllib.parse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from tokenmill.errors import LimitError
 
@@ -108,5 +107,22 @@ _ALL = (
         "fullwidth", lambda s: s.translate(_WIDE), lambda s: s.translate({v: k for k, v in _WIDE.items()}), "ascii"
     ),
 )
-OBFUSCATORS: Mapping[str, Obfuscator] = MappingProxyType({one.name: one for one in _ALL})
-"""Name -> encoding: the fifteen, Caesar with k = 3. `caesar(k)` makes others."""
+
+
+class Obfuscators(Mapping[str, Obfuscator]):
+    """Name -> encoding: the fifteen, Caesar with k = 3. `caesar(k)` makes others."""
+
+    def __getitem__(self, name: str) -> Obfuscator:
+        found = next((one for one in _ALL if one.name == name), None)
+        if found is None:
+            raise KeyError(name)
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return (one.name for one in _ALL)
+
+    def __len__(self) -> int:
+        return len(_ALL)
+
+
+OBFUSCATORS = Obfuscators()

@@ -16,9 +16,8 @@ import typer
 from rich.markup import escape
 from rich.progress import Progress
 
-from tokenmill.errors import LimitError, unknown_name
-
 from tokenmill.cli._output import Json, console, print_json, print_table, quiet_loading
+from tokenmill.errors import LimitError, unknown_name
 
 if TYPE_CHECKING:
     from tokenmill.text import CPTFilter
