@@ -174,7 +174,7 @@ class CharCounter:
             raise UnsupportedError(
                 "CharCounter.lengths", "the tokens' bytes are not the text's and there are no offsets"
             )
-        chosen = [texts[i] for i in which.tolist()]
+        chosen = [texts[int(i)] for i in which]
         for i, pairs in zip(which.tolist(), self._offsets(chosen), strict=True):
             lengths[offsets[i] : offsets[i + 1]] = completed(pairs, len(texts[i]))
 

@@ -1,5 +1,6 @@
 """Task `guard`: is a text encoded? Clean texts by kind (prose, a language), and the same prose in fifteen encodings.
 
+Of the manual's paragraphs those count that are running prose: a capital at the start, a full stop or colon at the end.
 Thresholds are fitted on clean texts of the other split alone, for the asked share of false alarms. ``plain`` flags
 nothing, ``entropy`` flags texts whose characters are unusually varied (bits per character), ``tokens-per-word`` those
 that take many tokens for a word.
@@ -209,7 +210,7 @@ class Task:
         random.Random(f"{self.options.seed} {kind}").shuffle(names)
         found: list[tuple[str, str]] = []
         for name in names:
-            for number, text in enumerate(_pieces(source[name], self.options.chars)):
+            for number, text in enumerate(_pieces(source[name], self.options.chars, prose=kind == "prose")):
                 found.append((f"{name}:{number}", text))
                 if len(found) == limit:
                     return found
@@ -251,10 +252,12 @@ def _entropy(text: str) -> float:
     return sum(c / n * math.log2(c / n) for c in Counter(text).values())
 
 
-def _pieces(text: str, longest: int) -> Iterator[str]:
-    """The paragraphs of a text, blanks collapsed, each cut behind a word."""
+def _pieces(text: str, longest: int, *, prose: bool) -> Iterator[str]:
+    """The paragraphs of a text, or those of prose alone, blanks collapsed, each cut behind a word."""
     for paragraph in text.split("\n\n"):
         flat = " ".join(paragraph.split())
+        if prose and not (flat[:1].isupper() and flat.endswith((".", ":"))):
+            continue  # grammar, code, tables and headings
         if len(flat) > longest:
             flat = flat[: flat.rfind(" ", 0, longest + 1)] if " " in flat[: longest + 1] else flat[:longest]
         if len(flat) >= min(_SHORTEST, longest):
