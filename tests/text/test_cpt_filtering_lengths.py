@@ -80,12 +80,10 @@ def test_a_score_is_not_that_of_parts_joined() -> None:
     counts = CharCounter.of(tokenizer).counts
     a, b, both = counts(["foo", "bar", "foobar"]).tolist()
     assert both != a + b
-    emoji = "👩‍👩‍👧‍👦"
-    for cut in range(1, len(emoji)):
-        left, right, whole = counts([emoji[:cut], emoji[cut:], emoji]).tolist()
-        assert whole == sum(1 for _ in parts(tokenizer, [emoji])[0])
-        assert left + right >= 1
-    assert any(sum(counts([emoji[:c], emoji[c:]])) != counts([emoji])[0] for c in range(1, len(emoji)))
+    emoji = "🏳️‍🌈👍🏽❤️☕️👩‍👩‍👧‍👦🇩🇪🇫🇷"
+    whole = int(counts([emoji])[0])
+    halves = [int(counts([emoji[:c], emoji[c:]]).sum()) for c in range(1, len(emoji))]
+    assert any(half != whole for half in halves)
 
 
 @pytest.mark.prop("cpt-filtering", 2)
@@ -111,7 +109,7 @@ def test_a_dummy_prefix_and_a_bar_in_the_text_are_no_characters() -> None:
         for text in ("hello world", " hello", "  two", "naïve 👩", "▁bar ▁ a", "x"):
             (lengths,) = parts(tokenizer, [text])
             assert sum(lengths) == len(text)
-    assert parts(vocabularies.mistral(), ["hello world"])[0] == [5, 6]
+    assert parts(vocabularies.mistral(), ["hello world"])[0] == [4, 1, 6]
 
 
 def test_offsets_with_gaps_and_shared_characters() -> None:
