@@ -155,17 +155,15 @@ def test_labelled_texts_give_one_threshold_between_them() -> None:
 
 
 def test_normal_form_by_hand() -> None:
-    tokenizer = vocabularies.small_bytes() if hasattr(vocabularies, "small_bytes") else vocabularies.cl100k()
-    texts = prose()[:200]
+    tokenizer = vocabularies.cl100k()
+    texts = [text for text in prose() if text.isascii()][:200]
     made = CPTFilter(tokenizer, windows=()).calibrate(texts, fpr=0.1, form="normal")
     assert made.calibration is not None
     group = made.calibration.groups["latin"]
     ids = [tokenizer.encode(" ".join(text.split())) for text in texts]
     sizes = np.array([len(tokenizer.tokens[i] or b"") for text in ids for i in text], dtype=float)
-    plain = [text for text in texts if text.isascii()]
-    if len(plain) == len(texts):
-        assert group.mu == pytest.approx(sizes.mean())
-        assert group.sigma == pytest.approx(sizes.std())
+    assert group.mu == pytest.approx(sizes.mean())
+    assert group.sigma == pytest.approx(sizes.std())
     verdict = made.flag(texts[0])
     m = len(ids[0])
     assert verdict.threshold == pytest.approx(group.mu - group.z * np.sqrt(group.sigma**2 / m + group.omega**2))
@@ -175,7 +173,7 @@ def test_normal_form_by_hand() -> None:
 
 def test_too_few_texts_are_said_and_longer_ones_need_no_normal_law() -> None:
     with pytest.warns(UserWarning, match="latin: 60 clean texts, 399 are needed") as said:
-        made = CPTFilter(vocabularies.cl100k(), windows=(10, 20, 40)).calibrate(prose()[:60], fpr=0.0025 * 4 / 4)
+        made = CPTFilter(vocabularies.cl100k(), windows=(10, 20, 40)).calibrate(prose()[:60], fpr=0.0025)
     assert any("no threshold for windows of [10, 20, 40]" in str(w.message) for w in said)
     assert made.calibration is not None
     group = made.calibration.groups["latin"]
