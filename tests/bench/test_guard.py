@@ -64,7 +64,7 @@ def test_methods_and_baselines(tmp_path: Path) -> None:
         assert ours["auroc"] > 0.98
         assert ours["hit_rate"] > 0.8
         assert found["plain", False, f"prose, {name}"] == {"hit_rate": 0.0, "auroc": 0.5}
-        assert found["entropy", False, f"prose, {name}"]["auroc"] < ours["auroc"]
+        assert found["entropy", False, f"prose, {name}"]["auroc"] <= ours["auroc"]
     assert found["cpt-filtering", False, "prose"]["false_positives"] <= 0.1
     assert found["cpt-filtering", True, "chinese"]["false_positives"] == 1
     assert found["cpt-filtering", False, "chinese"]["false_positives"] <= 0.2

@@ -14,6 +14,8 @@ from tokenmill.text import OBFUSCATORS, CPTFilter, CPTMiddleware
 
 CLEAN = "Please write a short letter to the library and ask when it opens again."
 SECRET = OBFUSCATORS["rot13"].encode(CLEAN)
+PARTS = [{"type": "image_url"}, {"type": "text", "text": SECRET}]
+INPUT_PARTS = [{"type": "input_text", "text": SECRET}]
 FILTER = CPTFilter(vocabularies.cl100k(), threshold=3.0)
 
 
