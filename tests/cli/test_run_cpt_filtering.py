@@ -37,16 +37,20 @@ def ids(path: Path) -> list[int]:
     return [json.loads(line)["id"] for line in path.read_text().splitlines()]
 
 
-TEXTS = [
-    CLEAN,
-    SECRET,
-    CLEAN + " Now.",
-    "12 34 56 78 90",
-    "",
-    SECRET + "!",
-    "Съешь же ещё этих булок, да выпей чаю",
-] * 3
-FLAGGED = [i for i in range(len(TEXTS)) if i % 7 in (1, 5)]
+RUSSIAN = "Съешь же ещё этих булок, да выпей чаю"  # one threshold for every script flags it
+TEXTS = [CLEAN, SECRET, CLEAN + " Now.", "12 34 56 78 90", "", SECRET + "!", RUSSIAN] * 3
+FLAGGED = [i for i in range(len(TEXTS)) if i % 7 in (1, 5, 6)]
+
+
+@pytest.fixture(autouse=True)
+def _read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tokenizer is large, and every command reads it."""
+    plain = cpt_filtering.load_tokenizer
+
+    def load(where: str, name: str) -> Any:
+        return deepseek() if name == TOKENIZER else plain(where, name)
+
+    monkeypatch.setattr(cpt_filtering, "load_tokenizer", load)
 
 
 def test_a_file_is_split(tmp_path: Path) -> None:
