@@ -11,7 +11,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from tests.text.vocabularies import packaged
+from tests.text.vocabularies import deepseek, packaged
 from tokenmill import corpora
 from tokenmill.cli.methods import cpt_filtering
 from tokenmill.errors import LimitError, TokenmillError

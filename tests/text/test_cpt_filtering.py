@@ -15,8 +15,9 @@ from tokenmill import corpora
 from tokenmill.errors import LimitError, UnsupportedError
 from tokenmill.text import OBFUSCATORS, Calibration, CPTFilter, FlaggedPromptError, cpt
 from tokenmill.text import _scripts as scripts
+from tokenmill.text._char_lengths import CharCounter, CharLengths
 from tokenmill.text._cpt_calibration import Group
-from tokenmill.text._cpt_windows import collapse, merged, pieces, to_raw
+from tokenmill.text._cpt_windows import TokenBatch, collapse, merged, pieces, to_raw
 from tokenmill.text.cpt_filtering import caesar
 
 CLEAN = "The committee met on Tuesday to discuss the new library, and everybody agreed that it should open in spring."
@@ -190,6 +191,7 @@ def test_spans_of_the_collapsed_text_are_found_in_the_text() -> None:
         ((a, b),) = to_raw(text, [(start, stop)])
         assert collapse(text[a:b]) == collapse(flat[start:stop])
         assert 0 <= a <= b <= len(text)
+        assert text[b - 1].isspace() == (flat[stop - 1] == " ")
     assert to_raw("  a   b ", [(0, 1), (2, 3)]) == [(2, 3), (6, 7)]
     assert merged([(5, 9), (0, 3), (3, 4), (8, 12)]) == [(0, 4), (5, 12)]
 
@@ -276,6 +278,32 @@ def test_what_cannot_be_judged_is_refused() -> None:
         CPTFilter(vocabularies.cl100k()).calibrate(["", "short"])
     with pytest.raises(LimitError, match=r"fpr = 1\.0, but it must be in \(0, 1\)"):
         CPTFilter(vocabularies.cl100k()).calibrate([CLEAN], fpr=1.0)
+
+
+def test_windows_of_digits_and_signs_are_held_to_a_threshold_only_when_asked() -> None:
+    plain = CPTFilter(vocabularies.cl100k())
+    groups = {"structured": Group(9, 9.0, 0.0, 0.0, 0.0, windows={10: 5.0}), "latin": Group(9, 1.0, 0.0, 0.0, 0.0)}
+    limits = Calibration(fingerprint=plain.fingerprint, fpr=0.01, groups=groups)
+    made = replace(plain, calibration=limits)
+    text = f"{CLEAN} {'12 34 {} [] 56 78 90 ' * 6} {CLEAN} {CLEAN}"
+    assert made.flag(text).script == "latin"
+    assert not made.flag(text).flagged
+    assert replace(made, structured="threshold").flag(text).flagged
+
+
+class Stub(CharCounter):
+    """Drops the first text, as a tokenizer without byte tokens may."""
+
+    def __init__(self) -> None: ...
+
+    def lengths(self, texts: Any) -> CharLengths:
+        return CharLengths(np.array([2, 2]), np.array([0, 0, 1, 2]))
+
+
+def test_a_text_without_tokens_does_not_move_the_scripts_of_the_next() -> None:
+    batch = TokenBatch(["булок", "ab", "天地"], Stub(), 100)
+    assert [scripts.SCRIPTS[i] for i in batch.script] == ["cyrillic", "latin", "han"]
+    assert [scripts.SCRIPTS[i] for i in batch.classes(np.array([0, 1]), 1)] == ["latin", "han"]
 
 
 def test_a_script_without_texts_has_no_threshold_even_where_its_windows_have_one() -> None:

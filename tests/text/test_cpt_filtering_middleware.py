@@ -55,7 +55,7 @@ def ask(
     size = -(-len(data) // cuts) or 1
     parts = [data[i : i + size] for i in range(0, len(data), size)] or [b""]
     left = [{"type": "http.request", "body": part, "more_body": i + 1 < len(parts)} for i, part in enumerate(parts)]
-    left.append({"type": "http.disconnect"})
+    left.append({"type": "http.disconnect", "last": True})
     sent: list[Any] = []
     app = App()
 
@@ -85,6 +85,7 @@ def test_a_plain_request_arrives_as_it_was_and_the_stream_goes_back(cuts: int) -
     status, answer, app = ask(request, cuts=cuts)
     assert (status, answer, app.body) == (200, b"ab", request)
     assert [m["type"] for m in app.messages] == ["http.request"] * cuts + ["http.disconnect"]
+    assert app.messages[-1]["last"], "what comes after the body is the server's own"
 
 
 @pytest.mark.parametrize(
