@@ -192,7 +192,7 @@ def test_spans_of_the_collapsed_text_are_found_in_the_text() -> None:
         assert collapse(text[a:b]) == collapse(flat[start:stop])
         assert 0 <= a <= b <= len(text)
         assert text[b - 1].isspace() == (flat[stop - 1] == " ")
-    assert to_raw("  a   b ", [(0, 1), (2, 3)]) == [(2, 3), (6, 7)]
+    assert to_raw("  a   b ", [(0, 1), (0, 2), (2, 3)]) == [(2, 3), (2, 4), (6, 7)]
     assert merged([(5, 9), (0, 3), (3, 4), (8, 12)]) == [(0, 4), (5, 12)]
 
 
