@@ -4,6 +4,7 @@ import ast
 import json
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 
@@ -14,8 +15,20 @@ from tokenmill.errors import LimitError, UnsupportedError
 KINDS = {"python-stdlib": "code", "python-reference": "prose", "stdlib-json": "json"}
 
 
-def test_names_are_the_three() -> None:
-    assert corpora.names() == sorted(KINDS)
+def test_names_are_those_of_python_and_the_lines() -> None:
+    assert corpora.names() == sorted([*KINDS, "multilingual-lines"])
+
+
+def test_lines_in_ten_languages() -> None:
+    corpus = corpora.load("multilingual-lines")
+    counts = Counter(record.kind for record in corpus.records)
+    assert len(counts) == 10
+    assert set(counts.values()) == {64}
+    assert len({record.text for record in corpus.records}) == 640
+    assert corpus.licence == "Apache-2.0"
+    assert "written for this repository" in corpus.source
+    for part in ("train", "test"):
+        assert {record.kind for record in corpus.split(part)} == set(counts)
 
 
 @pytest.mark.parametrize("name", sorted(KINDS))

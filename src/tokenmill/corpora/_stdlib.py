@@ -1,4 +1,7 @@
-"""The three corpora that Python itself carries: its library's source, its reference manual, an index of its API."""
+"""Corpora by name: three that Python itself carries, its library's source, its manual and an index of its API.
+
+The fourth is ours and holds short lines in ten languages, which Python does not have.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from tokenmill.corpora import _multilingual
 from tokenmill.corpora._corpus import Corpus, Record, by_id
 from tokenmill.errors import UnsupportedError, unknown_name
 
@@ -43,10 +47,10 @@ def names() -> list[str]:
 
 @cache
 def load(name: str) -> Corpus:
-    """Load a corpus: ``"python-stdlib"``, ``"python-reference"`` or ``"stdlib-json"``.
+    """Load a corpus: ``"python-stdlib"``, ``"python-reference"``, ``"stdlib-json"`` or ``"multilingual-lines"``.
 
-    All three are read from the running Python, so their text follows its version; ``Corpus.sha256`` says which
-    text it was. The result is kept for the life of the process.
+    The last ships with this package. The others are read from the running Python, so their text follows its version;
+    ``Corpus.sha256`` says which text it was. The result is kept for the life of the process.
 
     Raises:
         LimitError: unknown name.
@@ -58,6 +62,8 @@ def load(name: str) -> Corpus:
     if not records:
         mend = "Use a Python that ships its library as files."
         raise UnsupportedError("corpora.load", f"no text for {name!r} in this Python", mend)
+    if name == "multilingual-lines":
+        return Corpus(name, records, licence=_multilingual.LICENCE, source=_multilingual.SOURCE)
     source = f"{platform.python_implementation()} {platform.python_version()}, {_SOURCES[name]}"
     return Corpus(name, records, licence=LICENCE, source=source)
 
@@ -151,6 +157,7 @@ _BUILDERS: dict[str, Callable[[], Iterator[Record]]] = {
     "python-stdlib": _sources,
     "python-reference": _reference,
     "stdlib-json": _api_index,
+    "multilingual-lines": _multilingual.lines,
 }
 _SOURCES = {
     "python-stdlib": "source files of the standard library without its tests",
