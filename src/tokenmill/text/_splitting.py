@@ -70,7 +70,7 @@ def split(
     keys: Words,
     *,
     protected: NDArray[np.bool_] | None = None,
-    most: int | None = None,
+    most: Ints | None = None,
 ) -> Leaves:
     """Make the attempts of every sequence.
 
@@ -81,11 +81,11 @@ def split(
         attempts: (B,) int64, N of each sequence.
         keys: (B,) uint64, see `example_keys`.
         protected: (T,) bool, tokens that are not split; an attempt on one is spent.
-        most: successes of a sequence after which it is left alone.
+        most: (B,) int64, successes after which a sequence is left alone.
     """
     leaves = Leaves(ids, np.arange(len(ids)), lengths)
     left = np.where(lengths > 0, attempts, 0)
-    allowed = np.full(len(lengths), np.iinfo(np.int64).max if most is None else most)
+    allowed = np.full(len(lengths), np.iinfo(np.int64).max) if most is None else most
     left = np.where(allowed > 0, left, 0)
     while left.any():
         drawn = _draw(leaves, left, keys)
@@ -260,3 +260,20 @@ def _can_grow(table: ExpansionTable, leaves: Leaves, protected: NDArray[np.bool_
         able &= ~protected[leaves.sources]
     row = np.repeat(np.arange(len(leaves.lengths)), leaves.lengths)
     return np.bincount(row[able], minlength=len(leaves.lengths)) > 0
+
+
+def finest(table: ExpansionTable, leaves: Leaves) -> Leaves:
+    """Where the process ends: every leaf that has a pair is split, shortest left part first, until none has one."""
+    while True:
+        begin = table.offsets[leaves.ids]
+        can = np.flatnonzero(table.offsets[leaves.ids + 1] > begin)
+        if not len(can):
+            return leaves
+        widths = np.ones(len(leaves.ids), dtype=np.int64)
+        widths[can] = 2
+        row = np.repeat(np.arange(len(leaves.lengths)), leaves.lengths)
+        at = (np.cumsum(widths) - widths)[can]
+        ids = np.repeat(leaves.ids, widths)
+        ids[at], ids[at + 1] = table.left[begin[can]], table.right[begin[can]]
+        added = np.bincount(row[can], minlength=len(leaves.lengths))
+        leaves = Leaves(ids, np.repeat(leaves.sources, widths), leaves.lengths + added)
