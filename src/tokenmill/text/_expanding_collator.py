@@ -97,7 +97,9 @@ class StochasTokCollator:
         Raises:
             LimitError: examples without "input_ids" or with different columns, and what `StochasTok` refuses.
         """
-        names = list(features[0]) if features else []
+        if not features:
+            return self.base_collator([])
+        names = list(features[0])
         for number, feature in enumerate(features):
             if "input_ids" not in feature or list(feature) != names:
                 limit = f"{', '.join(names)}, as the first example's, with input_ids"
@@ -106,7 +108,7 @@ class StochasTokCollator:
         if self.index in columns:
             indices = [int(i) for i in columns.pop(self.index)]
         else:
-            indices = [_own_number(ids) for ids in columns["input_ids"]] if features else []
+            indices = [_own_number(ids) for ids in columns["input_ids"]]
         how = self.stochastok
         if self.schedule is not None:
             how = how.scaled(self.schedule(self.progress))

@@ -133,6 +133,8 @@ def expanded_columns(
     """See `StochasTok.columns`."""
     if max_length is not None and max_length < 1:
         raise LimitError("StochasTok.columns", "max_length", max_length, "at least 1")
+    if "input_ids" not in batch:
+        raise LimitError("StochasTok.columns", "columns", ", ".join(batch), "columns with input_ids")
     labels = batch["labels"] if "labels" in carried and "labels" in batch else None
     rows, mask = batch["input_ids"], batch.get("attention_mask")
     made = expand(rows, indices=indices, epoch=epoch, attention_mask=mask, labels=labels)
