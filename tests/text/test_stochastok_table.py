@@ -68,6 +68,8 @@ def test_byte_tokens_are_used_only_where_there_is_no_piece() -> None:
     tokenizer = mistral()
     table = ExpansionTable.from_tokenizer(tokenizer)
     letter, byte = tokenizer.token_to_id("A"), tokenizer.token_to_id("<0x41>")
+    assert letter is not None
+    assert byte is not None
     assert byte < letter
     assert table.duplicates[byte] == letter
     assert byte not in table.left

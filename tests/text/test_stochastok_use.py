@@ -16,7 +16,6 @@ from tests.text.vocabularies import (
     cl100k,
     corpus,
     deepseek,
-    gemma_tokenizer,
     minilm,
     mistral,
     o200k,

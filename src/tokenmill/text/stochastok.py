@@ -262,6 +262,12 @@ def _check_p(name: str, p: float) -> None:
         raise LimitError(_WHERE, name, p, f"in [0, {_MOST_P:g}]", "The paper has 0.1.")
 
 
+def recipe(tokenizer: Any, **settings: Any) -> Any:
+    """What the bench's task `lm` trains on: a function from documents (with `ids`) and a pass to rows of tokens."""
+    how = StochasTok(ExpansionTable.from_tokenizer(tokenizer), **settings)
+    return lambda documents, epoch: how.expand_batch([d.ids for d in documents], epoch=epoch).input_ids
+
+
 def small() -> StochasTok:
     """An instance for a toy vocabulary, used by the laws."""
     letters = [b"a", b"b", b"c", b"ab", b"bc", b"abc", b"aab"]
