@@ -102,7 +102,7 @@ class Windows:
 
 
 def train(model: Any, batches: Iterator[Any], steps: int, rate: float) -> float:
-    """Next-token prediction with AdamW, a tenth of the steps as warm-up, then a cosine; the mean loss of the last tenth.
+    """Next-token prediction with AdamW, warm-up for a tenth of the steps, then a cosine; mean loss of the last tenth.
 
     A batch is ids (B, T), or ids and labels with -100 where there is no loss.
     """

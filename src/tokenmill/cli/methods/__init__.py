@@ -1,0 +1,1 @@
+"""Commands of single methods: ``tokenmill run <slug>``, one module each."""
