@@ -11,7 +11,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,7 +21,9 @@ from tokenmill.bench.texts import Source, sources
 from tokenmill.errors import LimitError, UnsupportedError
 
 from . import _langgame as game
-from . import _lm_training as training
+
+if TYPE_CHECKING:
+    from . import _lm_training as training
 
 _PART = 2000  # bytes of a training text at most: files are cut at line ends
 
@@ -148,6 +150,8 @@ class Task:
 
     def recipe(self, spec: MethodSpec, seed: int) -> training.Recipe:
         """What the method does to the training texts, drawn for this seed."""
+        from . import _lm_training as training
+
         if spec.slug == "plain":
             return training.canonical
         if spec.slug == "bpe-dropout":
@@ -188,6 +192,8 @@ class Task:
 
     def documents(self, kind: str, split: str, most: int) -> list[training.Document]:
         """The texts of a split, cut into parts, and their tokens."""
+        from . import _lm_training as training
+
         found: list[training.Document] = []
         total = 0
         texts = self._sources[kind].texts.get(split) or {}
@@ -219,6 +225,8 @@ class _Training:
         self.words = game.frequent_words(document.text for document in self.documents)
 
     def run(self, item: Item, /) -> Outcome:
+        from . import _lm_training as training
+
         task, o, seed = self.task, self.task.options, int(item.content)
         view, end = task.view, task.end
         size = max(len(view), len(task.tokenizer))
@@ -252,6 +260,8 @@ class _Dropout:
 
 
 def _scores(asked: Sequence[game.Question], right: Sequence[bool]) -> dict[str, float]:
+    from . import _lm_training as training
+
     found = {"langgame": training.normalised(sum(right) / len(right))}
     for kind in game.KINDS:
         own = [r for q, r in zip(asked, right, strict=True) if q.kind == kind]
