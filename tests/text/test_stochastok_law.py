@@ -142,3 +142,19 @@ def test_slots_are_equally_likely_and_unfair_draws_do_not_count(monkeypatch: pyt
 def test_keys_differ_between_seeds_epochs_and_examples() -> None:
     keys = [splitting.example_keys(s, e, np.arange(50)) for s in range(20) for e in range(20)]
     assert len(np.unique(np.concatenate(keys))) == 20_000
+
+
+def test_unfair_proposals_do_not_count_and_neither_do_slots_that_are_not_there() -> None:
+    leaves = splitting.Leaves(np.array([3, 0]), np.arange(2), np.array([2]))
+
+    def after(slots: list[int], fair: list[bool]) -> tuple[list[int], int, int]:
+        picks = np.zeros(len(slots), dtype=np.uint64)
+        drawn = splitting.Drawn(np.array([len(slots)]), np.array(slots), np.array(fair), picks)
+        made, spent, won = splitting.settle(TABLE, leaves, drawn, np.array([9]), np.array([9]))
+        return made.ids.tolist(), int(spent[0]), int(won[0])
+
+    assert after([0], [True]) == ([0, 4, 0], 1, 1)
+    assert after([0], [False]) == ([3, 0], 0, 0)
+    assert after([0, 2], [True, True]) == ([0, 1, 1, 0], 2, 2)
+    assert after([0, 2], [False, True]) == ([3, 0], 0, 0), "what an unfair proposal would have made is not there"
+    assert after([1, 2, 0], [True, True, True]) == ([0, 4, 0], 2, 1), "a failure makes no slot"

@@ -105,6 +105,9 @@ def test_specials_padding_and_ignored_labels_are_never_split() -> None:
     made = how.expand_batch(padded, attention_mask=mask)
     assert [sorted(set(s.tolist())) for s in made.sources] == [[0, 1], [3]]
     assert b"".join(TOY[i] or b"" for i in made.input_ids[1]) == b"abb"
+    left = how.expand_batch([[0, 0, 3, 3, 3]], attention_mask=[[0, 0, 1, 1, 1]], labels=[[-100, -100, 3, -100, 3]])
+    assert np.bincount(left.sources[0])[3] == 1
+    assert np.bincount(left.sources[0])[[2, 4]].min() > 1
     alone = how.expand_batch([[3, 3], [3]])
     assert [a.tolist() for a in alone.input_ids] == [a.tolist() for a in made.input_ids]
 
