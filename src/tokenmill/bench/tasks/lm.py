@@ -53,9 +53,9 @@ class Options:
     tokenizer: str = "python-target"
     data: str = "python-stdlib"
     width: int = 128
-    layers: int = 4
+    layers: int = 2
     context: int = 128
-    batch: int = 16
+    batch: int = 8
     steps: int = 400
     rate: float = 2e-3
     tuning_steps: int = 200
