@@ -133,6 +133,7 @@ def test_the_loss_of_tuning_is_on_answers_alone() -> None:
         assert answer[-1] == 0
         text = view.join([*row[: int((marks != -100).nonzero()[0])].tolist(), *answer[:-1].tolist()]).decode()
         assert text in [q.text for q in asked]
+        assert view.join(answer[:-1].tolist()).decode().strip() in WORDS
 
 
 def test_probes_read_letters_that_are_there() -> None:
@@ -190,6 +191,8 @@ def test_seeds_differ_and_repeat() -> None:
     assert [r.tolist() for r in same] != [r.tolist() for r in other]
     again = made.recipe(MethodSpec("stochastok", {"seed": 5}), 9)(docs, 0)
     assert [r.tolist() for r in again] == [r.tolist() for r in same]
+    drawn = [[r.tolist() for r in made.recipe(MethodSpec("stochastok"), seed)(docs, 0)] for seed in (0, 1, 0)]
+    assert drawn[0] == drawn[2] != drawn[1]
 
 
 def test_texts_are_cut_at_lines_and_splits_are_apart() -> None:

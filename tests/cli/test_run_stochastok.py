@@ -100,7 +100,7 @@ def test_what_is_refused(text: Path, tmp_path: Path) -> None:
         with pytest.raises(LimitError, match=words):
             CliRunner().invoke(APP, ["--tokenizer", "python-target", *map(str, arguments)], catch_exceptions=False)
     table = ExpansionTable.from_list([b"a", b"aa"]).save(tmp_path / "other.safetensors")
-    with pytest.raises(LimitError, match="another tokenizer"):
+    with pytest.raises(LimitError, match="fingerprint"):
         run(text, "--table", table)
 
 
