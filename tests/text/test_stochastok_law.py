@@ -155,6 +155,7 @@ def test_unfair_proposals_do_not_count_and_neither_do_slots_that_are_not_there()
 
     assert after([0], [True]) == ([0, 4, 0], 1, 1)
     assert after([0], [False]) == ([3, 0], 0, 0)
+    assert after([0, 0], [True, False]) == ([0, 4, 0], 1, 1)
     assert after([0, 2], [True, True]) == ([0, 1, 1, 0], 2, 2)
     assert after([0, 2], [False, True]) == ([3, 0], 0, 0), "what an unfair proposal would have made is not there"
     assert after([1, 2, 0], [True, True, True]) == ([0, 4, 0], 2, 1), "a failure makes no slot"
