@@ -107,7 +107,7 @@ def train_bpe(
         made.normalizer = normalizer
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex)
     # The trainer's limit of a token's length is exclusive.
-    limit = {} if max_token_length is None else {"max_token_length": max_token_length + 1}
+    limit: dict[str, Any] = {} if max_token_length is None else {"max_token_length": max_token_length + 1}
     trainer = trainers.BpeTrainer(
         vocab_size=BYTES + max(merges, 0),
         min_frequency=min_frequency,
@@ -116,10 +116,11 @@ def train_bpe(
         **limit,
     )
     made.train_from_iterator(stream, trainer)  # type: ignore[arg-type]
-    return _learned(made)
+    return read_learned(made)
 
 
-def _learned(trained: Tokenizer) -> Learned:
+def read_learned(trained: Tokenizer) -> Learned:
+    """Symbols and merges of a trained model."""
     model = json.loads(trained.to_str())["model"]
     pairs = tuple((a, b) for a, b in model["merges"])
     made = {a + b for a, b in pairs}

@@ -83,7 +83,7 @@ class CorpusStream:
 
     def _checked(self, text: Any) -> Iterator[str]:
         reason = text.why if isinstance(text, _Bad) else _fault(text)
-        if reason:
+        if reason or not isinstance(text, str):
             self.counts.bad[reason] += 1
             return
         self.counts.documents += 1

@@ -13,11 +13,58 @@ from tokenizers import AddedToken
 from tokenmill.errors import LimitError
 from tokenmill.text import _bpe_training as bpe
 
-_TAGS = (
-    "a abbr article aside b blockquote body br button code div em footer form h1 h2 h3 h4 h5 h6 head header hr html i "
-    "img input li link main meta nav ol option p pre script section select span strong style table tbody td th thead "
-    "title tr ul"
-).split()
+_TAGS = [
+    "a",
+    "abbr",
+    "article",
+    "aside",
+    "b",
+    "blockquote",
+    "body",
+    "br",
+    "button",
+    "code",
+    "div",
+    "em",
+    "footer",
+    "form",
+    "h1",
+    "h2",
+    "h3",
+    "h4",
+    "h5",
+    "h6",
+    "head",
+    "header",
+    "hr",
+    "html",
+    "i",
+    "img",
+    "input",
+    "li",
+    "link",
+    "main",
+    "meta",
+    "nav",
+    "ol",
+    "option",
+    "p",
+    "pre",
+    "script",
+    "section",
+    "select",
+    "span",
+    "strong",
+    "style",
+    "table",
+    "tbody",
+    "td",
+    "th",
+    "thead",
+    "title",
+    "tr",
+    "ul",
+]
 _ATTRIBUTES = ("href", "src", "class", "id", "style", "title")
 _ROMAN = ("ii", "iii", "iv", "vi", "vii", "viii", "ix")
 _WORD = re.compile(r"\w")

@@ -16,7 +16,7 @@ WHERE = "TokenizerReport"
 LOOK_ALIKES: Mapping[str, str] = {
     "o": "0", "0": "O", "O": "0", "l": "1", "1": "l", "I": "l", "i": "j", "e": "c", "c": "e", "a": "o", "s": "5",
     "5": "S", "S": "5", "B": "8", "8": "B", "g": "q", "q": "g", "h": "b", "b": "h", "n": "u", "u": "n", "m": "n",
-    "t": "f", "f": "t", "v": "y", "y": "v", "r": "n", "d": "cl"[:1], "Z": "2", "2": "Z",
+    "t": "f", "f": "t", "v": "y", "y": "v", "r": "n", "d": "a", "Z": "2", "2": "Z",
 }  # fmt: skip
 """The noise model "look-alikes": ASCII for ASCII, so that clean and noisy text have the same bytes' places."""
 
@@ -182,11 +182,18 @@ class TokenizerReport:
                 reduction, interval = reduced(counts[self.baseline], count, self.seed)
                 rows.append(
                     {
-                        "data": data, "tokenizer": name, "documents": len(texts), "characters": characters,
-                        "bytes": size, "tokens": tokens, "tokens_per_char": tokens / characters,
-                        "bytes_per_token": size / max(tokens, 1), "reduction": reduction,
-                        "reduction_interval": interval, "mb_per_s": speeds[name],
-                    }  # fmt: skip
+                        "data": data,
+                        "tokenizer": name,
+                        "documents": len(texts),
+                        "characters": characters,
+                        "bytes": size,
+                        "tokens": tokens,
+                        "tokens_per_char": tokens / characters,
+                        "bytes_per_token": size / max(tokens, 1),
+                        "reduction": reduction,
+                        "reduction_interval": interval,
+                        "mb_per_s": speeds[name],
+                    }
                 )
         return rows
 

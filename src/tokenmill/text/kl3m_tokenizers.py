@@ -56,7 +56,7 @@ CARD = Card(
     differs=(
         "custom tokens that begin or end with a letter or digit are not found inside words",
         "custom tokens are compared with the learned vocabulary as text, and the room that is saved goes to merges",
-        "an exact power of two is not doubled; a corpus that supports too few tokens is refused unless filling is asked",
+        "an exact power of two is not doubled; too small a corpus is refused unless filling is asked",
         "the initial alphabet is the 256 bytes, without the 66 symbols that no text gives",
         "citations are an argument and nothing is downloaded",
     ),
@@ -189,9 +189,7 @@ def train_char_bpe(
     kept, _ = fit(where, learned, (), vocab_size, len(special_tokens))
     supported = len(kept.vocabulary(special_tokens))
     size = _filled(where, supported, vocab_size, pad_to_power_of_two, short, f" with max_chars={max_chars}")
-    return _wrapped(
-        bpe.assemble(kept, specials=special_tokens, normalizer=normalizer, filled_to=size), special_tokens
-    )
+    return _wrapped(bpe.assemble(kept, specials=special_tokens, normalizer=normalizer, filled_to=size), special_tokens)
 
 
 def small(**settings: Any) -> Any:
@@ -222,7 +220,7 @@ def _of_characters(
         limit_alphabet=128 + room // 4, max_token_length=longest + 1,
     )  # fmt: skip
     made.train_from_iterator(stream, trainer)
-    learned = bpe._learned(made)
+    learned = bpe.read_learned(made)
     builders: dict[tuple[str, str], None] = {}
     for character in learned.symbols:
         data = bpe.to_symbols(character)
