@@ -1,1 +1,1 @@
-"""What `tokenmill run` does for methods that are no decoders: one module each, with a function `command`."""
+"""Commands of single methods: ``tokenmill run <slug>``, one module each."""
