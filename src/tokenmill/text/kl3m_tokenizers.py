@@ -193,10 +193,10 @@ def train_char_bpe(
 
 
 def small(**settings: Any) -> Any:
-    """A tokenizer of 512 tokens from a few lines, for the laws."""
+    """A bare tokenizer of 512 tokens from a few lines, for the laws."""
     lines = [f"def f{n}(x): return (a) {2000 + n} of the house" for n in range(40)]
     plain = {"custom_tokens": CustomTokens.only(years=("2024",)), "short": "fill"}
-    return train_domain_bpe(lines, 512, **{**plain, **settings})
+    return train_domain_bpe(lines, 512, **{**plain, **settings}).backend_tokenizer
 
 
 # GPT-2's cut of a text into words, as ByteLevel has it.

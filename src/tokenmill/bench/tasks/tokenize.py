@@ -193,7 +193,7 @@ def load_vocabulary(path: str) -> Any:
     if path.startswith("bpe_openai/"):
         import bpe_openai  # type: ignore[import-not-found]
 
-        return getattr(bpe_openai, path.partition("/")[2])()
+        return bpe_openai.get_encoding(path.partition("/")[2])
     try:
         if Path(path).is_file():
             return Tokenizer.from_file(path)
