@@ -32,7 +32,7 @@ def main() -> None:
         print("  " + " | ".join(new.decode([i]) for i in cut))
 
     print("A prompt that is hidden in a cipher:")
-    clean = [line for record in corpus.split("train")[:60] for line in record.text.splitlines() if len(line) > 40]
+    clean = [line for record in corpus.split("train") for line in record.text.splitlines() if len(line) > 40]
     guard = tm.text.CPTFilter(new).calibrate(clean)
     for text in (
         "def read(path): return open(path).read()",

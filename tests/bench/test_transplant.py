@@ -63,6 +63,16 @@ def test_every_method_is_measured_beside_the_untouched_model(folder: str, tmp_pa
     assert lines[-1]["cost"]["rows_shared"] + lines[-1]["cost"]["rows_hybrid"] > 800
 
 
+def test_tokenizers_are_trained_on_the_other_files(tmp_path: Path) -> None:
+    small = {"targets": "domain,super", "vocab_size": 1024, "train_chars": 60_000, "limit": 1}
+    found = bench.run(Task(options("", **small)), ["tokenadapt"], tmp_path)
+    assert [(r.status, r.data["kind"]) for r in found if r.method == "tokenadapt"] == [
+        ("ok", "code, domain"),
+        ("ok", "code, super"),
+    ]
+    assert all(r.cost["rows_shared"] > 250 for r in found if r.method == "tokenadapt")
+
+
 def test_items_are_the_same_for_every_target(folder: str) -> None:
     made = Task(options(folder, limit=4))
     (kind,) = made.kinds()

@@ -192,11 +192,10 @@ def train_char_bpe(
     return _wrapped(bpe.assemble(kept, specials=special_tokens, normalizer=normalizer, filled_to=size), special_tokens)
 
 
-def small(**settings: Any) -> Any:
-    """A bare tokenizer of 512 tokens from a few lines, for the laws."""
+def small() -> Any:
+    """A tokenizer of 512 tokens from a few lines, for the laws."""
     lines = [f"def f{n}(x): return (a) {2000 + n} of the house" for n in range(40)]
-    plain = {"custom_tokens": CustomTokens.only(years=("2024",)), "short": "fill"}
-    return train_domain_bpe(lines, 512, **{**plain, **settings}).backend_tokenizer
+    return train_domain_bpe(lines, 512, custom_tokens=CustomTokens.only(years=("2024",)), short="fill")
 
 
 # GPT-2's cut of a text into words, as ByteLevel has it.

@@ -152,7 +152,7 @@ class Task:
         return self._tokenizers[target]
 
     def _train(self, target: str) -> Any:
-        from tokenmill.text import train_domain_bpe, train_supertokenizer
+        from tokenmill.text import CustomTokens, train_domain_bpe, train_supertokenizer
 
         first = next(iter(self._sources.values()))
         texts, left = [], self.options.train_chars
@@ -161,8 +161,9 @@ class Task:
                 break
             texts.append(first.texts["train"][name])
             left -= len(texts[-1])
-        train = train_domain_bpe if target == "domain" else train_supertokenizer
-        return train(texts, vocab_size=self.options.vocab_size)
+        if target == "super":
+            return train_supertokenizer(texts, self.options.vocab_size)
+        return train_domain_bpe(texts, self.options.vocab_size, custom_tokens=CustomTokens.only())
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
