@@ -104,3 +104,18 @@ def test_bad_reports() -> None:
     ):
         with pytest.raises(LimitError):
             bad()
+
+
+def test_plots_show_every_tokenizer_and_every_kind_of_text() -> None:
+    made = TokenizerReport({"short": raw(), "long": bpe()}, {"foxes": LINES, "hens": ["hens lay eggs " * 40]})
+    drawn = made.plots()
+    assert set(drawn) == {"tokens-per-character", "token-lengths", "boundary-stability"}
+    for svg in drawn.values():
+        assert svg.startswith("<svg")
+        assert ">short</text>" in svg
+        assert ">long</text>" in svg
+    assert ">hens</text>" in drawn["tokens-per-character"]
+    bars = [drawn["tokens-per-character"].count('aria-roledescription="bar"')]
+    assert bars == [4]
+    calm = TokenizerReport({"long": bpe()}, {"foxes": LINES}, noise_rate=0.0)
+    assert "boundary-stability" not in calm.plots()

@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from tokenmill.errors import LimitError, unknown_name
 from tokenmill.text._corpus_stream import CorpusStream
+from tokenmill.text._structure import byte_level_alphabet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 Normalization = Literal["nfc", "nfd", "nfkc", "nfkd", "none"]
 _NORMALIZERS = {"nfc": normalizers.NFC, "nfd": normalizers.NFD, "nfkc": normalizers.NFKC, "nfkd": normalizers.NFKD}
 BYTES = 256
+_BYTE_OF = byte_level_alphabet()
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +47,12 @@ class Learned:
 
 def byte_alphabet() -> list[str]:
     """The 256 symbols that stand for bytes, sorted."""
-    return sorted(pre_tokenizers.ByteLevel.alphabet())
+    return sorted(_BYTE_OF)
 
 
-def to_bytes(text: str, *, _table: dict[str, int] = {}) -> bytes:  # noqa: B006
+def to_bytes(text: str) -> bytes:
     """The bytes that a string of the byte alphabet stands for."""
-    if not _table:
-        plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-        others = [b for b in range(256) if b not in plain]
-        _table.update({chr(b): b for b in plain} | {chr(256 + n): b for n, b in enumerate(others)})
-    return bytes(_table[symbol] for symbol in text)
+    return bytes(map(_BYTE_OF.__getitem__, text))
 
 
 def to_symbols(text: str) -> str:

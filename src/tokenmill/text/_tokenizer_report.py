@@ -165,6 +165,12 @@ class TokenizerReport:
             parts.append(_table(("data", "tokenizer", *(k.replace("_", " ") for k in keys)), lines))
         return "\n\n".join(parts)
 
+    def plots(self) -> dict[str, str]:
+        """Name -> SVG text; needs the extra ``bench``."""
+        from tokenmill.text._tokenizer_plots import draw
+
+        return draw(self.to_dict())
+
     def _rows(self) -> list[dict[str, Any]]:
         rows = []
         for data, texts in self.datasets.items():

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from tokenmill.cli._output import Json, console, print_json
+from tokenmill.cli._output import Json, console, print_json, write_folder
 from tokenmill.errors import LimitError
 
 _WHERE = "run kl3m-tokenizers"
@@ -34,6 +32,7 @@ def command(
     short: Annotated[str, typer.Option(help="Too small a corpus: raise, or fill with whitespace runs.")] = "raise",
     report: Annotated[bool, typer.Option("--report", help="Hold a share out and compare tokens on it.")] = False,
     baseline: Annotated[str, typer.Option(help="For --report: a tokenizer.json, a folder, or a model's id.")] = "",
+    plots: Annotated[Path | None, typer.Option(help="For --report: a folder for its plots (SVG).")] = None,
     seed: Annotated[int, typer.Option(help="Of sampled files and of the report.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace the folder if it is there.")] = False,
     as_json: Json = False,
@@ -42,6 +41,7 @@ def command(
 
     Example: [bold]tokenmill run kl3m-tokenizers contracts.jsonl --vocab-size 32768 --out my-tokenizer --report[/bold]
     """
+    from tokenmill.text import TokenizerReport
     from tokenmill.text._corpus_stream import CorpusStream
 
     if family not in ("domain", "char"):
@@ -52,8 +52,9 @@ def command(
         raise LimitError(_WHERE, "out", str(out), "a folder that is not there yet", "Replace it with --force.")
     if out.exists() and not (out / "tokenizer.json").is_file():
         raise LimitError(_WHERE, "out", str(out), "new or a tokenizer's folder, which alone --force replaces")
-    if baseline and not report:
-        raise LimitError(_WHERE, "baseline", baseline, "given together with --report")
+    for name, value in (("baseline", baseline), ("plots", str(plots or ""))):
+        if value and not report:
+            raise LimitError(_WHERE, name, value, "given together with --report")
     other = _baseline(baseline)
     stream = CorpusStream(files=files, seed=seed, where=_WHERE)
     held = [text for number, text in enumerate(stream) if number % _HELD == _HELD - 1] if report else []
@@ -62,9 +63,14 @@ def command(
     source = (text for number, text in enumerate(stream) if not report or number % _HELD != _HELD - 1)
     common: dict[str, Any] = {"lowercase": lowercase, "min_frequency": min_frequency, "short": short, "seed": seed}
     made = _train(family, source, vocab_size, max_chars, unit, custom, defaults, common)
-    save(made, out)
+    write_folder(out, made.save_pretrained)
     told = {"out": str(out), "tokens": len(made), "documents": stream.counts.documents, "bad": dict(stream.counts.bad)}
-    _tell(told, {**other, "kl3m": made}, held, seed, as_json)
+    compared = TokenizerReport({**other, "kl3m": made}, {"held out": held}, seed=seed) if held else None
+    if plots is not None and compared is not None:
+        plots.mkdir(parents=True, exist_ok=True)
+        for name, svg in compared.plots().items():
+            (plots / f"{name}.svg").write_text(svg, encoding="utf-8")
+    _tell(told, compared, as_json)
 
 
 def _train(
@@ -81,30 +87,13 @@ def _train(
     return train_domain_bpe(source, size, custom_tokens=tokens, **common)
 
 
-def save(tokenizer: Any, out: Path) -> None:
-    """Write into a folder beside `out` and rename it, so that a half-written one is never there."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        folder.chmod(0o755)
-        tokenizer.save_pretrained(folder)
-        if out.exists():
-            shutil.rmtree(out)
-        folder.rename(out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def _baseline(name: str) -> dict[str, Any]:
     from tokenmill.bench.tasks.tokenize import load_vocabulary
 
     return {name: load_vocabulary(name)} if name else {}
 
 
-def _tell(told: dict[str, Any], tokenizers: dict[str, Any], held: list[str], seed: int, as_json: bool) -> None:
-    from tokenmill.text import TokenizerReport
-
-    made = TokenizerReport(tokenizers, {"held out": held}, seed=seed) if held else None
+def _tell(told: dict[str, Any], made: Any, as_json: bool) -> None:
     if as_json:
         print_json({**told, **({"report": made.to_dict()} if made else {})})
         return

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +9,7 @@ import typer
 from rich.markup import escape
 
 from tokenmill import settings
-from tokenmill.cli._output import Json, console, print_json, print_table, quiet_loading
+from tokenmill.cli._output import Json, console, print_json, print_table, quiet_loading, write_folder
 from tokenmill.cli.run import pairs
 from tokenmill.errors import LimitError
 
@@ -57,7 +54,7 @@ def command(
             data[name] = {"bits_per_byte": bits, "tokens": tokens}
     data["examples"] = _examples(made, old)
     if out is not None:
-        _write(made, out)
+        write_folder(out, lambda folder: _save(made, folder))
         data["out"] = str(out)
     if as_json:
         print_json(data)
@@ -83,25 +80,9 @@ def _load(place: Path) -> Any:
     return AutoTokenizer.from_pretrained(place)
 
 
-def _write(made: Any, out: Path) -> None:
-    """All of the folder or nothing: it is written beside its place and renamed."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        made.model.save_pretrained(fresh)
-        made.tokenizer.save_pretrained(fresh)
-        fresh.chmod(0o777 & ~_umask())
-        if out.exists():
-            shutil.rmtree(out)
-        fresh.rename(out)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _save(made: Any, folder: Path) -> None:
+    made.model.save_pretrained(folder)
+    made.tokenizer.save_pretrained(folder)
 
 
 def _examples(made: Any, old: Any, count: int = 6) -> dict[str, dict[str, float]]:
