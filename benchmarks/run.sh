@@ -11,7 +11,7 @@ keep() { # the lines of a run become one results file
   cat "runs/$1/results.jsonl" >>"$RESULTS/$1.jsonl"
 }
 
-for part in ${*:-profile speed accepted spectr exactness toy constrain peer bytes complete ensemble}; do
+for part in ${*:-profile speed accepted spectr exactness toy constrain peer bytes complete ensemble tokenize transplant stochastok}; do
   case $part in
   profile) python benchmarks/forward_cost.py ;;
   speed)
@@ -62,8 +62,19 @@ for part in ${*:-profile speed accepted spectr exactness toy constrain peer byte
       --methods byte-level-probabilities,other,ensemble,ensemble:rule=product --out runs/ensemble
     keep ensemble
     ;;
+  tokenize)
+    tokenmill bench tokenize --vocab-size 4096 --out runs/tokenize \
+      --methods plain,kl3m-tokenizers,vocabulary:path=bpe_openai/cl100k_base,vocabulary:path=bpe_openai/o200k_base
+    keep tokenize
+    ;;
+  transplant)
+    tokenmill bench transplant --methods random,mean,piece-mean,focus,tokenadapt:global_weight=0.0,tokenadapt \
+      --out runs/transplant
+    keep transplant
+    ;;
+  stochastok) python benchmarks/stochastok_speed.py ;;
   *)
-    echo "unknown part $part: profile, speed, accepted, spectr, exactness, toy, constrain, peer, bytes, complete, ensemble" >&2
+    echo "unknown part $part: profile, speed, accepted, spectr, exactness, toy, constrain, peer, bytes, complete, ensemble, tokenize, transplant, stochastok" >&2
     exit 2
     ;;
   esac

@@ -262,8 +262,45 @@ def ensemble() -> str:
     return _cuts("ensemble", ("bits", "top1"), ("bits", "likeliest byte is right"))
 
 
+def tokenize() -> str:
+    """Tokens a character of held-out text, by vocabulary."""
+    found = lines("tokenize")
+    kinds = list(dict.fromkeys(line["data"]["kind"] for line in found))
+    rows = []
+    for name, by_kind in by_method(found).items():
+        shown = [f"{by_kind[k]['quality']['tokens_per_char']:.4f}" if k in by_kind else "" for k in kinds]
+        rows.append([f"`{name}`", *shown])
+    return table(["vocabulary", *(f"{kind}, tokens a character" for kind in kinds)], rows) + provenance(found)
+
+
+def transplant() -> str:
+    """Bits a byte under another tokenizer, without training."""
+    found = lines("transplant")
+    kinds = list(dict.fromkeys(line["data"]["kind"] for line in found))
+    rows = []
+    for name, by_kind in by_method(found).items():
+        shown = [f"{by_kind[k]['quality']['bits_per_byte']:.3f}" if k in by_kind else "" for k in kinds]
+        rows.append([f"`{name}`", *shown])
+    return table(["rows", *(f"{kind}, bits a byte" for kind in kinds)], rows) + provenance(found)
+
+
+def stochastok() -> str:
+    """Tokens a second of the expansion, beside the loop over a list."""
+    rows = []
+    for line in lines("stochastok-speed"):
+        if line["what"] == "expand":
+            rate, against = line["tokens_a_second"], line["against_loop"]
+            loop = f"{rate['loop'] / 1e6:.1f} M" if "loop" in rate else ""
+            times = f"{against:.1f}x" if against is not None else ""
+            shown = [f"{line['growth']:+.1%}", f"{rate['arrays'] / 1e6:.1f} M", loop, times]
+            rows.append([line["tokenizer"], f"{line['p']:g}", f"{line['rows']:,} x {line['tokens']:,}", *shown])
+    head = ["vocabulary", "p", "rows x tokens", "growth", "tokens a second", "loop over a list", "faster"]
+    return table(head, rows) + provenance(lines("stochastok-speed"))
+
+
 _ALL = (awrs_toy, constrain, awrs_peer, complete, ensemble, speed, short, profile, accepted, exactness, spectr, pair)
-TABLES: dict[str, Callable[[], str]] = {one.__name__: one for one in _ALL} | {"bytes": bytes_}
+_TEXT = (tokenize, transplant, stochastok)
+TABLES: dict[str, Callable[[], str]] = {one.__name__: one for one in (*_ALL, *_TEXT)} | {"bytes": bytes_}
 
 
 def main() -> int:

@@ -301,3 +301,17 @@ def test_long_lines_are_cut_at_white_space(tmp_path: Path) -> None:
     whole = code()[0]
     parts = [word for piece in pieces(whole, 500) for word, _ in cut.pre_tokenize_str(piece)]
     assert parts == [word for word, _ in cut.pre_tokenize_str(whole)]
+
+
+def test_a_special_token_is_not_a_custom_token_as_well() -> None:
+    lines = [f"def f{n}(x): return {n}" for n in range(60)]
+    made = train_domain_bpe(lines, 400, custom_tokens=CustomTokens.only(code=("<|pad|>", "return ")), short="fill")
+    added = made.backend_tokenizer.get_added_tokens_decoder()
+    assert [t.content for t in added.values()].count("<|pad|>") == 1
+    assert added[2].special
+    assert made.pad_token_id == 2
+
+
+def test_records_of_nothing_are_an_empty_corpus() -> None:
+    with pytest.raises(LimitError, match="the corpus is empty"):
+        train_domain_bpe(["", ""], 400, custom_tokens=NONE)
