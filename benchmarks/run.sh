@@ -11,7 +11,7 @@ keep() { # the lines of a run become one results file
   cat "runs/$1/results.jsonl" >>"$RESULTS/$1.jsonl"
 }
 
-for part in ${*:-profile speed accepted spectr exactness toy constrain peer bytes complete ensemble tokenize transplant stochastok}; do
+for part in ${*:-profile speed accepted spectr exactness toy constrain peer bytes complete ensemble tokenize transplant guard stochastok}; do
   case $part in
   profile) python benchmarks/forward_cost.py ;;
   speed)
@@ -72,9 +72,13 @@ for part in ${*:-profile speed accepted spectr exactness toy constrain peer byte
       --out runs/transplant
     keep transplant
     ;;
+  guard)
+    tokenmill bench guard --methods entropy,tokens-per-word,cpt-filtering,cpt-filtering:threshold=3.1 --out runs/guard
+    keep guard
+    ;;
   stochastok) python benchmarks/stochastok_speed.py ;;
   *)
-    echo "unknown part $part: profile, speed, accepted, spectr, exactness, toy, constrain, peer, bytes, complete, ensemble, tokenize, transplant, stochastok" >&2
+    echo "unknown part $part: profile, speed, accepted, spectr, exactness, toy, constrain, peer, bytes, complete, ensemble, tokenize, transplant, guard, stochastok" >&2
     exit 2
     ;;
   esac

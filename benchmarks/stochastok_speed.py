@@ -79,7 +79,13 @@ def case(table: ExpansionTable, text: np.ndarray, n: int, rows: int, p: float) -
 
 
 def main() -> None:
-    about = {"schema": 1, "task": "stochastok-speed", "cmd": " ".join(["python", *sys.argv]), "env": environment()}
+    about = {
+        "schema": 1,
+        "task": "stochastok-speed",
+        "method": "stochastok",
+        "cmd": " ".join(["python", *sys.argv]),
+        "env": environment(),
+    }
     corpus = sources("stochastok_speed", "python-stdlib", 1)["code"].texts["train"]
     texts = [corpus[name] for name in sorted(corpus)][:600]  # one long string would cost the encoder gigabytes
     for name in TOKENIZERS:

@@ -262,26 +262,42 @@ def ensemble() -> str:
     return _cuts("ensemble", ("bits", "top1"), ("bits", "likeliest byte is right"))
 
 
-def tokenize() -> str:
-    """Tokens a character of held-out text, by vocabulary."""
-    found = lines("tokenize")
+def _by_kind(name: str, quality: str, first: str, title: str, digits: int) -> str:
+    """One measure: a row a method, a column a kind of text."""
+    found = lines(name)
     kinds = list(dict.fromkeys(line["data"]["kind"] for line in found))
     rows = []
-    for name, by_kind in by_method(found).items():
-        shown = [f"{by_kind[k]['quality']['tokens_per_char']:.4f}" if k in by_kind else "" for k in kinds]
-        rows.append([f"`{name}`", *shown])
-    return table(["vocabulary", *(f"{kind}, tokens a character" for kind in kinds)], rows) + provenance(found)
+    for label_, by_kind in by_method(found).items():
+        shown = [f"{by_kind[k]['quality'][quality]:.{digits}f}" if k in by_kind else "" for k in kinds]
+        rows.append([f"`{label_}`", *shown])
+    return table([first, *(f"{kind}, {title}" for kind in kinds)], rows) + provenance(found)
+
+
+def tokenize() -> str:
+    """Tokens a character of held-out text, by vocabulary."""
+    return _by_kind("tokenize", "tokens_per_char", "vocabulary", "tokens a character", 4)
 
 
 def transplant() -> str:
     """Bits a byte under another tokenizer, without training."""
-    found = lines("transplant")
-    kinds = list(dict.fromkeys(line["data"]["kind"] for line in found))
+    return _by_kind("transplant", "bits_per_byte", "rows", "bits a byte", 3)
+
+
+def guard() -> str:
+    """What is flagged of clean and of encoded texts, and how well the score tells them apart."""
+    found = [line for line in lines("guard") if line["method"] != "plain"]
+    methods = by_method(found)
     rows = []
-    for name, by_kind in by_method(found).items():
-        shown = [f"{by_kind[k]['quality']['bits_per_byte']:.3f}" if k in by_kind else "" for k in kinds]
-        rows.append([f"`{name}`", *shown])
-    return table(["rows", *(f"{kind}, bits a byte" for kind in kinds)], rows) + provenance(found)
+    for kind in dict.fromkeys(line["data"]["kind"] for line in found):
+        shown = []
+        for by_kind in methods.values():
+            quality = by_kind[kind]["quality"] if kind in by_kind else {}
+            share = quality.get("hit_rate", quality.get("false_positives"))
+            score = f", AUROC {quality['auroc']:.4f}" if "auroc" in quality else ""
+            shown.append("" if share is None else f"{share:.0%}{score}")
+        n = next(line["n"] for line in found if line["data"]["kind"] == kind)
+        rows.append([kind, str(n), *shown])
+    return table(["texts", "n", *(f"`{name}`, flagged" for name in methods)], rows) + provenance(found)
 
 
 def stochastok() -> str:
@@ -299,7 +315,7 @@ def stochastok() -> str:
 
 
 _ALL = (awrs_toy, constrain, awrs_peer, complete, ensemble, speed, short, profile, accepted, exactness, spectr, pair)
-_TEXT = (tokenize, transplant, stochastok)
+_TEXT = (tokenize, transplant, guard, stochastok)
 TABLES: dict[str, Callable[[], str]] = {one.__name__: one for one in (*_ALL, *_TEXT)} | {"bytes": bytes_}
 
 
