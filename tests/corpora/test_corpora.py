@@ -1,22 +1,24 @@
 from __future__ import annotations
 
 import ast
+import gzip
 import json
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from tokenmill import corpora
-from tokenmill.corpora import Corpus, Record
+from tokenmill.corpora import Corpus, Record, _manual, _stdlib
 from tokenmill.errors import LimitError, UnsupportedError
 
 KINDS = {"python-stdlib": "code", "python-reference": "prose", "stdlib-json": "json"}
 
 
 def test_names_are_those_of_python_and_the_lines() -> None:
-    assert corpora.names() == sorted([*KINDS, "multilingual-lines"])
+    assert corpora.names() == sorted([*KINDS, "manual-pages", "multilingual-lines"])
 
 
 def test_lines_in_ten_languages() -> None:
@@ -108,3 +110,47 @@ def test_importing_corpora_loads_no_torch() -> None:
         "import sys, tokenmill.corpora as c; c.names(); c.load('python-reference'); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+PAGE = r"""'\" t
+.\" a comment
+.de XX
+.B not shown
+..
+.TH X 1
+.if n \{\
+.B not shown
+.\}
+.SH "NAME"
+x \- zeigt \fBalles\fR f\(:ur jeden\(aqs \(bu \[u00E9]
+.IP "\-\-all" 4
+Alles.\" not shown
+.SH SEE ALSO
+.BR y (1),
+.I z
+"""
+
+
+def test_manual_pages_become_paragraphs() -> None:
+    wanted = "NAME\n\nx - zeigt alles für jeden's • é\n\n--all Alles.\n\nSEE ALSO\n\ny(1), z"
+    assert _manual.plain_text(PAGE) == wanted
+    assert _manual.plain_text(".Dd May 1\n.Sh NAME\n") == ""
+
+
+def test_english_manual_pages_are_those_with_a_translation(tmp_path: Path) -> None:
+    body = ".SH NAME\n" + "a b c d e f g\n" * 60
+    for name in ("de/man1/x.1.gz", "pt_BR/man1/z.1.gz", "man1/x.1.gz", "man1/y.1.gz", "xx/man1/y.1.gz"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(gzip.compress(body.encode()))
+    (tmp_path / "de/man1/broken.1.gz").write_bytes(b"no gzip")
+    (tmp_path / "de/man1/w.1.gz").symlink_to("x.1.gz")
+    found = {(record.id, record.kind) for record in _manual.pages(tmp_path)}
+    assert found == {("de/man1/x.1#01", "german"), ("pt_BR/man1/z.1#01", "portuguese"), ("en/man1/x.1#01", "english")}
+
+
+def test_a_machine_without_manual_pages_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(_stdlib._BUILDERS, "manual-pages", lambda: _manual.pages(tmp_path))
+    corpora.load.cache_clear()
+    with pytest.raises(UnsupportedError, match="apt install manpages-de"):
+        corpora.load("manual-pages")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from tests.text import vocabularies
 from tests.text.test_cpt_filtering import prose
 from tokenmill.errors import LimitError
 from tokenmill.text import OBFUSCATORS, Calibration, CPTFilter
-from tokenmill.text.cpt_filtering import auroc, best_threshold, caesar, finite_quantile
+from tokenmill.text._scripts import SCRIPTS
+from tokenmill.text.cpt_filtering import auroc, best_threshold, caesar, finite_quantile, small
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz ABCXYZ"
 
@@ -229,3 +231,30 @@ def test_shares_outside_are_refused(value: Any) -> None:
         auroc(np.zeros(0), np.ones(1))
     with pytest.raises(LimitError, match="no scores"):
         best_threshold(np.ones(1), np.zeros(0))
+
+
+def test_a_language_with_shorter_tokens_lowers_its_scripts_threshold() -> None:
+    plain = replace(small(), windows=(), threshold=None)
+    rng = random.Random(0)
+    # Two "languages" of one script: common words, and letters that the vocabulary has no merges for.
+    common = [" ".join(rng.choices(["the", "the", "tent"], k=12)) for _ in range(900)]
+    rare = [" ".join(rng.choices(["qzx", "xqz", "the", "zzq", "qq"], k=12)) for _ in range(120)]
+    together = plain.calibrate([*common, *rare], fpr=0.05)
+    apart = plain.calibrate({"common": common, "rare": rare}, fpr=0.05)
+    assert apart.calibration is not None
+    assert {"latin", "latin/common", "latin/rare"} <= set(apart.calibration.groups)
+    assert together.decide(rare).flagged.mean() > 0.05 >= apart.decide(rare).flagged.mean()
+    assert apart.decide(common).flagged.mean() <= 0.05
+    # A text is held to the lowest threshold of its script.
+    scores = apart.score_batch(rare)
+    limit = apart.calibration.thresholds(np.full(1, SCRIPTS.index("latin"), np.uint8), np.array([45]), np.array([30]))
+    assert limit[0] <= np.quantile(scores, 0.06)
+
+
+def test_a_language_with_few_texts_is_named_and_has_no_thresholds_of_its_own() -> None:
+    texts = {"many": ["the tent in the heat"] * 100, "few": ["qzx xqz the tent"] * 5}
+    with pytest.warns(UserWarning, match="few: no thresholds of its own, which need 99 clean texts of a script, not 5"):
+        made = replace(small(), windows=(), threshold=None).calibrate(texts)
+    assert made.calibration is not None
+    assert "latin/many" in made.calibration.groups
+    assert "latin/few" not in made.calibration.groups

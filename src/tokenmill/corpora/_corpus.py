@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,6 +11,8 @@ from tokenmill.errors import unknown_name
 
 SPLITS = ("train", "test")
 TEST_SHARE = 0.2
+MIN_CHARS = 400  # shorter documents cannot give a prompt and something to continue it with
+_SECTION_CHARS = 4_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,3 +74,17 @@ def is_test(record_id: str) -> bool:
 def by_id(records: Iterable[Record]) -> tuple[Record, ...]:
     """Records in the order of their ids, so that the file system's order does not matter."""
     return tuple(sorted(records, key=lambda record: record.id))
+
+
+def sections(text: str) -> Iterator[str]:
+    """Cut a long text between paragraphs into parts of about `_SECTION_CHARS`; a short tail joins the last part."""
+    parts: list[str] = []
+    for paragraph in text.split("\n\n"):
+        if parts and (len(parts[-1]) < _SECTION_CHARS):
+            parts[-1] += f"\n\n{paragraph}"
+        else:
+            parts.append(paragraph)
+    if len(parts) > 1 and len(parts[-1]) < _SECTION_CHARS // 2:
+        tail = parts.pop()
+        parts[-1] += f"\n\n{tail}"
+    return (part for part in parts if len(part) >= MIN_CHARS)

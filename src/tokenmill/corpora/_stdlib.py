@@ -1,6 +1,6 @@
 """Corpora by name: three that Python itself carries, its library's source, its manual and an index of its API.
 
-The fourth is ours and holds short lines in ten languages, which Python does not have.
+Two more are in many languages, which Python is not: short lines of our own, and the machine's manual pages.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from tokenmill.corpora import _multilingual
-from tokenmill.corpora._corpus import Corpus, Record, by_id
+from tokenmill.corpora import _manual, _multilingual
+from tokenmill.corpora._corpus import MIN_CHARS, Corpus, Record, by_id, sections
 from tokenmill.errors import UnsupportedError, unknown_name
 
 LICENCE = "PSF-2.0"
@@ -35,8 +35,6 @@ _SKIPPED = frozenset(
         "encodings",
     }
 )
-_MIN_CHARS = 400  # shorter documents cannot give a prompt and something to continue it with
-_SECTION_CHARS = 4_000
 _MAX_INDEXED_CHARS = 60_000  # parsing the few giant modules would cost more than they add
 
 
@@ -47,23 +45,30 @@ def names() -> list[str]:
 
 @cache
 def load(name: str) -> Corpus:
-    """Load a corpus: ``"python-stdlib"``, ``"python-reference"``, ``"stdlib-json"`` or ``"multilingual-lines"``.
+    """Load a corpus: ``"python-stdlib"``, ``"python-reference"``, ``"stdlib-json"``, ``"multilingual-lines"`` or
+    ``"manual-pages"``.
 
-    The last ships with this package. The others are read from the running Python, so their text follows its version;
-    ``Corpus.sha256`` says which text it was. The result is kept for the life of the process.
+    The multilingual lines ship with this package. The manual pages are the machine's, and the others are read from the
+    running Python, so their text follows its version; ``Corpus.sha256`` says which text it was. The result is kept for
+    the life of the process.
 
     Raises:
         LimitError: unknown name.
-        UnsupportedError: this Python carries no sources of its library.
+        UnsupportedError: this Python carries no sources of its library, or this machine no manual pages.
     """
     if name not in _BUILDERS:
         raise unknown_name("corpora.load", "name", name, _BUILDERS)
     records = by_id(_BUILDERS[name]())
+    if not records and name == "manual-pages":
+        what = f"no translated manual pages under {_manual.ROOT}"
+        raise UnsupportedError("corpora.load", what, "Install some (on Debian: apt install manpages-de manpages-fr).")
     if not records:
         mend = "Use a Python that ships its library as files."
         raise UnsupportedError("corpora.load", f"no text for {name!r} in this Python", mend)
     if name == "multilingual-lines":
         return Corpus(name, records, licence=_multilingual.LICENCE, source=_multilingual.SOURCE)
+    if name == "manual-pages":
+        return Corpus(name, records, licence=_manual.LICENCE, source=_manual.SOURCE.format(root=_manual.ROOT))
     source = f"{platform.python_implementation()} {platform.python_version()}, {_SOURCES[name]}"
     return Corpus(name, records, licence=LICENCE, source=source)
 
@@ -89,29 +94,15 @@ def _read(path: Path) -> str | None:
 def _sources() -> Iterator[Record]:
     for name, path in _files():
         text = _read(path)
-        if text is not None and len(text) >= _MIN_CHARS:
+        if text is not None and len(text) >= MIN_CHARS:
             yield Record(name, text, "code")
 
 
 def _reference() -> Iterator[Record]:
     topics: dict[str, str] = import_module("pydoc_data.topics").topics
     for name, text in topics.items():
-        for number, section in enumerate(_sections(text), start=1):
+        for number, section in enumerate(sections(text), start=1):
             yield Record(f"{name}#{number:02d}", section, "prose")
-
-
-def _sections(text: str) -> Iterator[str]:
-    """Cut a long text between paragraphs into parts of about `_SECTION_CHARS`; a short tail joins the last part."""
-    parts: list[str] = []
-    for paragraph in text.split("\n\n"):
-        if parts and (len(parts[-1]) < _SECTION_CHARS):
-            parts[-1] += f"\n\n{paragraph}"
-        else:
-            parts.append(paragraph)
-    if len(parts) > 1 and len(parts[-1]) < _SECTION_CHARS // 2:
-        tail = parts.pop()
-        parts[-1] += f"\n\n{tail}"
-    return (part for part in parts if len(part) >= _MIN_CHARS)
 
 
 def _api_index() -> Iterator[Record]:
@@ -123,7 +114,7 @@ def _api_index() -> Iterator[Record]:
         module = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
         members = _members(ast.parse(text))
         document = json.dumps({"module": module, "file": name, "members": members}, indent=2, ensure_ascii=False)
-        if members and len(document) >= _MIN_CHARS:
+        if members and len(document) >= MIN_CHARS:
             yield Record(f"{module}.json", document + "\n", "json")
 
 
@@ -158,6 +149,7 @@ _BUILDERS: dict[str, Callable[[], Iterator[Record]]] = {
     "python-reference": _reference,
     "stdlib-json": _api_index,
     "multilingual-lines": _multilingual.lines,
+    "manual-pages": _manual.pages,
 }
 _SOURCES = {
     "python-stdlib": "source files of the standard library without its tests",

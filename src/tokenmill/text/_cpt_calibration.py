@@ -112,7 +112,8 @@ class Calibration:
         fingerprint: of the vocabulary.
         fpr: share of clean texts that may be flagged.
         form: thresholds by length bucket, or mu - z sqrt(sigma^2 / tokens + omega^2).
-        groups: script -> thresholds.
+        groups: script -> thresholds, and "script/language" -> those of a language of its own. A text is held to the
+            lowest of its script, whatever language it may be in.
         notes: what was not as it should be (too few texts, ...).
     """
 
@@ -127,8 +128,8 @@ class Calibration:
         if self.form not in get_args(Form):
             raise unknown_name("Calibration", "form", str(self.form), get_args(Form))
         for name, group in self.groups.items():
-            if name not in SCRIPTS:
-                raise unknown_name("Calibration", "script", name, SCRIPTS)
+            if _script(name) not in SCRIPTS:
+                raise unknown_name("Calibration", "script", _script(name), SCRIPTS)
             numbers = (group.mu, group.sigma, group.omega, group.z, group.tau, *group.buckets, *group.windows.values())
             for value in numbers:
                 if value is not None and not math.isfinite(value):
@@ -141,27 +142,31 @@ class Calibration:
 
     def thresholds(self, script: NDArray[np.uint8], chars: Ints, tokens: Ints) -> Floats:
         """(B,) float64: the threshold of each text; -inf where its script has none."""
-        found = np.full(len(script), -np.inf)
+        found = np.full(len(script), np.inf)
         bucket = np.searchsorted(EDGES, chars, side="left")
         for name, group in self.groups.items():
-            here = np.flatnonzero(script == SCRIPTS.index(name))
+            here = np.flatnonzero(script == SCRIPTS.index(_script(name)))
             if not here.size:
                 continue
             if group.tau is not None:
-                found[here] = group.tau
+                found[here] = np.minimum(found[here], group.tau)
                 continue
             spread = np.sqrt(group.sigma**2 / np.maximum(tokens[here], 1) + group.omega**2)
             value = group.mu - group.z * spread
             if self.form == "buckets":
                 own = np.array([np.nan if t is None else t for t in group.buckets])[bucket[here]]
                 value = np.where(np.isnan(own), value, own)
-            found[here] = value
-        return found
+            found[here] = np.minimum(found[here], value)
+        return np.where(np.isposinf(found), -np.inf, found)
 
     def window_limits(self, window: int) -> Floats:
         """(S,) float64: the threshold of a window by script; -inf where there is none."""
-        none = Group(0, 0.0, 0.0, 0.0, 0.0)
-        return np.array([self.groups.get(name, none).windows.get(window, -np.inf) for name in SCRIPTS])
+        found = np.full(len(SCRIPTS), np.inf)
+        for name, group in self.groups.items():
+            if window in group.windows:
+                script = SCRIPTS.index(_script(name))
+                found[script] = min(found[script], group.windows[window])
+        return np.where(np.isposinf(found), -np.inf, found)
 
     def check(self, fingerprint: str) -> None:
         """Refuse another vocabulary.
@@ -215,6 +220,11 @@ class Calibration:
             raise LimitError("Calibration.load", "file", str(path), limit, f"Reading it: {error!r}.") from error
 
 
+def _script(group: str) -> str:
+    """The script in a group's name."""
+    return group.partition("/")[0]
+
+
 def _group(value: Mapping[str, Any]) -> Group:
     windows = {int(w): float(t) for w, t in value["windows"].items()}
     return Group(**{**value, "buckets": tuple(value["buckets"]), "windows": windows})
@@ -234,6 +244,11 @@ class Sample:
     def cpt(self) -> Floats:
         """(B,) float64."""
         return self.chars / self.tokens
+
+    def rows(self, keep: NDArray[np.bool_]) -> Sample:
+        """Some of the texts."""
+        arrays = (self.script[keep], self.chars[keep], self.tokens[keep], self.squares[keep])
+        return Sample(*arrays, {w: low[keep] for w, low in self.minima.items()})
 
     @classmethod
     def joined(cls, parts: Iterable[Sample]) -> Sample:
@@ -271,6 +286,30 @@ def fit(clean: Sample, encoded: Sample | None, *, fingerprint: str, fpr: float, 
             normal = Group(0, 0.0, 0.0, 0.0, 0.0, windows=windows, tau=0.0)  # nothing has fewer than 0
             groups[name] = normal
     return Calibration(fingerprint=fingerprint, fpr=fpr, form=form, groups=groups, notes=tuple(notes))
+
+
+def with_languages(made: Calibration, clean: Mapping[str, Sample]) -> Calibration:
+    """The calibration with thresholds for each language besides, where it has texts enough for its share.
+
+    Args:
+        made: of all texts together.
+        clean: language -> its texts.
+    """
+    groups = dict(made.groups)
+    notes = list(made.notes)
+    for language, sample in clean.items():
+        needed = math.ceil((1 + len(sample.minima)) / made.fpr) - 1
+        for index, name in enumerate(SCRIPTS):
+            here = sample.script == index
+            if here.sum() >= needed:
+                own = fit(sample.rows(here), None, fingerprint=made.fingerprint, fpr=made.fpr, form=made.form)
+                groups[f"{name}/{language}"] = own.groups[name]
+        if not any(key.endswith(f"/{language}") for key in groups):
+            most = int(np.bincount(sample.script).max())
+            notes.append(
+                f"{language}: no thresholds of its own, which need {needed} clean texts of a script, not {most}"
+            )
+    return replace(made, groups=groups, notes=tuple(notes))
 
 
 def _fit_group(clean: Sample, here: NDArray[np.bool_], share: float, windows: Mapping[int, float]) -> tuple[Group, str]:

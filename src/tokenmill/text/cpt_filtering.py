@@ -25,7 +25,16 @@ from tokenmill.catalog import Card, Paper, Reported
 from tokenmill.errors import LimitError, UnsupportedError, unknown_name
 from tokenmill.text import _scripts as scripts
 from tokenmill.text._char_lengths import CharCounter, check_text
-from tokenmill.text._cpt_calibration import Calibration, Form, Sample, auroc, best_threshold, finite_quantile, fit
+from tokenmill.text._cpt_calibration import (
+    Calibration,
+    Form,
+    Sample,
+    auroc,
+    best_threshold,
+    finite_quantile,
+    fit,
+    with_languages,
+)
 from tokenmill.text._cpt_guard import FlaggedPromptError, Guard
 from tokenmill.text._cpt_middleware import CPTMiddleware
 from tokenmill.text._cpt_verdict import Decisions, Policy, Verdict, decide
@@ -254,7 +263,7 @@ class CPTFilter:
 
     def calibrate(
         self,
-        clean: Iterable[str],
+        clean: Iterable[str] | Mapping[str, Iterable[str]],
         encoded: Iterable[str] | None = None,
         *,
         fpr: float = 0.01,
@@ -263,7 +272,8 @@ class CPTFilter:
         """This filter with thresholds from clean texts; with encoded ones the whole-text threshold separates both.
 
         Args:
-            clean: texts as they come in daily use, in all their scripts.
+            clean: texts as they come in daily use, in all their scripts; or language -> its texts: then the share holds
+                for each language that has texts enough, and not only for all that are written in one script.
             encoded: texts that are to be flagged; they need not be clean ones' encodings.
             fpr: share of clean texts that may be flagged, shared out among the whole text and the windows.
             form: thresholds by length, or mu - z sqrt(sigma^2 / tokens + omega^2); the second also stands in for
@@ -272,11 +282,17 @@ class CPTFilter:
         Raises:
             LimitError: fpr outside (0, 1), or no clean text that is long enough.
         """
-        sample = self._sample(clean)
+        named = {name: self._sample(texts) for name, texts in clean.items()} if isinstance(clean, Mapping) else {}
+        languages = {name: own for name, own in named.items() if own is not None}
+        if isinstance(clean, Mapping):
+            sample = Sample.joined(languages.values()) if languages else None
+        else:
+            sample = self._sample(clean)
         if sample is None:
             raise LimitError("CPTFilter.calibrate", "clean", "no texts", f"at least one of {self.min_chars} characters")
         theirs = None if encoded is None else self._sample(encoded)
         made = fit(sample, theirs, fingerprint=self.fingerprint, fpr=fpr, form=form)
+        made = with_languages(made, languages)
         for note in made.notes:
             warnings.warn(f"CPTFilter.calibrate: {note}", stacklevel=2)
         return replace(self, calibration=made, threshold=None)

@@ -1,9 +1,9 @@
 """Task `guard`: is a text encoded? Clean texts by kind (prose, a language), and the same prose in fifteen encodings.
 
-Of the manual's paragraphs those count that are running prose: a capital at the start, a full stop or colon at the end.
-Thresholds are fitted on clean texts of the other split alone, for the asked share of false alarms. ``plain`` flags
-nothing, ``entropy`` flags texts whose characters are unusually varied (bits per character), ``tokens-per-word`` those
-that take many tokens for a word.
+Of manuals' paragraphs those count that are running prose: a capital at the start, a full stop or colon at the end.
+Thresholds are fitted on clean texts of the other split alone, for the asked share of false alarms, the method's in each
+kind. ``plain`` flags nothing, ``entropy`` flags texts whose characters are unusually varied (bits per character),
+``tokens-per-word`` those that take many tokens for a word.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from tokenmill.errors import LimitError, unknown_name
 
 _WHERE = "bench guard"
 _SLUG = "cpt-filtering"
+_MANUALS = ("python-reference", "manual-pages")
 _SHORTEST = 20  # characters of a text, or less where `chars` is less
 _REFERENCE = 400  # clean texts that an encoded one is compared with
 
@@ -149,13 +150,14 @@ class Task:
         if not reference:
             raise LimitError(_WHERE, "data", self.options.data, "texts of which some are left to fit thresholds on")
         if spec.slug == _SLUG:
-            return self._filter(spec, clean, reference)
+            by_kind = {kind: [text for _, text in texts] for kind, texts in train.items()}
+            return self._filter(spec, by_kind, reference)
         if spec.slug == "plain":
             return _Subject(lambda _: (False, 0.0), [0.0])
         score = _entropy if spec.slug == "entropy" else self._tokens_per_word
         return _Subject(_flagger(score, clean, self.options.fpr), [score(text) for text in reference])
 
-    def _filter(self, spec: MethodSpec, clean: list[str], reference: list[str]) -> _Subject:
+    def _filter(self, spec: MethodSpec, clean: dict[str, list[str]], reference: list[str]) -> _Subject:
         from tokenmill.text import CPTFilter
 
         params: dict[str, Any] = dict(spec.params)
@@ -206,11 +208,12 @@ class Task:
     def _texts(self, kind: str, split: str, limit: int) -> list[tuple[str, str]]:
         """(id, text) of short pieces of a kind, drawn with the seed."""
         source = self._sources[kind].texts.get(split, {})
+        prose = self._sources[kind].name in _MANUALS
         names = sorted(source)
         random.Random(f"{self.options.seed} {kind}").shuffle(names)
         found: list[tuple[str, str]] = []
         for name in names:
-            for number, text in enumerate(_pieces(source[name], self.options.chars, prose=kind == "prose")):
+            for number, text in enumerate(_pieces(source[name], self.options.chars, prose=prose)):
                 found.append((f"{name}:{number}", text))
                 if len(found) == limit:
                     return found
@@ -253,11 +256,11 @@ def _entropy(text: str) -> float:
 
 
 def _pieces(text: str, longest: int, *, prose: bool) -> Iterator[str]:
-    """The paragraphs of a text, or those of prose alone, blanks collapsed, each cut behind a word."""
+    """The paragraphs of a text, or those of running prose alone, blanks collapsed, each cut behind a word."""
     for paragraph in text.split("\n\n"):
         flat = " ".join(paragraph.split())
-        if prose and not (flat[:1].isupper() and flat.endswith((".", ":"))):
-            continue  # grammar, code, tables and headings
+        if prose and not (flat[:1].isalpha() and not flat[0].islower() and flat.endswith((".", ":", "。", "："))):
+            continue  # grammar, code, options, tables and headings
         if len(flat) > longest:
             flat = flat[: flat.rfind(" ", 0, longest + 1)] if " " in flat[: longest + 1] else flat[:longest]
         if len(flat) >= min(_SHORTEST, longest):
