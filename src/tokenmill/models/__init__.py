@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tokenmill.models._packed import PackedLinear, is_packed, pack, packed, unpack
     from tokenmill.models._profile import CostProfile, profile
     from tokenmill.models._tiny import tiny
+    from tokenmill.models._tokenizer import tokenizer
 
 _MODULES = {
     "CostProfile": "_profile",
@@ -26,6 +27,7 @@ _MODULES = {
     "packed": "_packed",
     "profile": "_profile",
     "tiny": "_tiny",
+    "tokenizer": "_tokenizer",
     "unpack": "_packed",
 }
 
@@ -40,6 +42,7 @@ __all__ = [
     "packed",
     "profile",
     "tiny",
+    "tokenizer",
     "unpack",
 ]
 

@@ -186,9 +186,9 @@ class Task:
 
     @cached_property
     def _tokenizer(self) -> Any:
-        from tokenmill.cli.methods.cpt_filtering import load_tokenizer
+        from tokenmill import models
 
-        return load_tokenizer(_WHERE, self.options.tokenizer)
+        return models.tokenizer(self.options.tokenizer, where=_WHERE)
 
     @cached_property
     def _sources(self) -> dict[str, Source]:

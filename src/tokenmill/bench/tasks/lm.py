@@ -170,11 +170,7 @@ class Task:
     def tokenizer(self) -> Any:
         from tokenmill import models
 
-        if self.options.tokenizer in models.names():
-            return models.load(self.options.tokenizer)[1]
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(self.options.tokenizer)
+        return models.tokenizer(self.options.tokenizer, where="bench lm")
 
     @cached_property
     def view(self) -> Any:

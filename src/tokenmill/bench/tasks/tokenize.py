@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from tokenmill import catalog, settings
@@ -153,7 +152,9 @@ class Task:
     def _tokenizer(self, spec: MethodSpec) -> Any:
         o = self.options
         if spec.slug == "vocabulary":
-            return load_vocabulary(str(spec.params["path"]))
+            from tokenmill import models
+
+            return models.tokenizer(str(spec.params["path"]), where=WHERE)
         if spec.slug == "plain":
             from tokenmill.text import CustomTokens, train_domain_bpe
 
@@ -180,25 +181,3 @@ class Task:
     @cached_property
     def _sources(self) -> dict[str, Source]:
         return sources(WHERE, self.options.data, self.options.limit)
-
-
-def load_vocabulary(path: str) -> Any:
-    """A tokenizer by path, by transformers id, or one of the packaged ``bpe_openai`` vocabularies.
-
-    Raises:
-        LimitError: nothing there can be read as one.
-    """
-    from tokenizers import Tokenizer
-
-    if path.startswith("bpe_openai/"):
-        import bpe_openai  # type: ignore[import-not-found]
-
-        return bpe_openai.get_encoding(path.partition("/")[2])
-    try:
-        if Path(path).is_file():
-            return Tokenizer.from_file(path)
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(path)
-    except Exception as error:
-        raise LimitError("load_vocabulary", "path", path, "a tokenizer.json, a folder, or a model's id") from error

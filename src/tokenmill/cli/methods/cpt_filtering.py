@@ -16,6 +16,7 @@ import typer
 from rich.markup import escape
 from rich.progress import Progress
 
+from tokenmill import models
 from tokenmill.cli._output import Json, console, print_json, print_table, quiet_loading
 from tokenmill.errors import LimitError, unknown_name
 
@@ -65,8 +66,9 @@ def command(
             raise LimitError(_WHERE, "file", str(path), "a file of JSON lines")
     from tokenmill.text import Calibration, CPTFilter
 
+    quiet_loading()
     made = CPTFilter(
-        load_tokenizer(_WHERE, tokenizer),
+        models.tokenizer(tokenizer, where=_WHERE),
         windows=_windows(windows),
         structured=cast(_Structured, structured),
         threshold=threshold,
@@ -87,33 +89,6 @@ def _windows(written: str) -> tuple[int, ...]:
         return tuple(int(part) for part in written.split(",") if part.strip())
     except ValueError:
         raise LimitError(_WHERE, "windows", written, "numbers with commas, such as 10,20,40") from None
-
-
-def load_tokenizer(where: str, name: str) -> Any:
-    """The tokenizer of an embedded model, a folder, a file of `tokenizers`, or a transformers id.
-
-    Raises:
-        LimitError: none of these.
-    """
-    if name.endswith(".json") or Path(name).is_file():
-        from tokenizers import Tokenizer
-
-        if not Path(name).is_file():
-            raise LimitError(where, "tokenizer", name, "a tokenizer.json that exists")
-        return Tokenizer.from_file(name)
-    from tokenmill import models
-
-    quiet_loading()
-    if name in models.names():
-        return models.load(name)[1]
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        limit = f"a tokenizer.json, a folder, a model id, or one of {', '.join(models.names())}"
-        raise LimitError(where, "tokenizer", name, limit, reason) from error
 
 
 def _fitted(made: CPTFilter, file: Path, text_field: str, fpr: float, *, quiet: bool) -> CPTFilter:

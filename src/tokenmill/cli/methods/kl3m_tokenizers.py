@@ -88,9 +88,9 @@ def _train(
 
 
 def _baseline(name: str) -> dict[str, Any]:
-    from tokenmill.bench.tasks.tokenize import load_vocabulary
+    from tokenmill import models
 
-    return {name: load_vocabulary(name)} if name else {}
+    return {name: models.tokenizer(name, where=_WHERE)} if name else {}
 
 
 def _tell(told: dict[str, Any], made: Any, as_json: bool) -> None:

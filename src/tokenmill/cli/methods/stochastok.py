@@ -13,6 +13,7 @@ import numpy as np
 import typer
 from rich.markup import escape
 
+from tokenmill import models
 from tokenmill.cli._output import Json, console, print_json, print_table, quiet_loading
 from tokenmill.errors import LimitError, MissingExtraError
 from tokenmill.text import ExpansionTable, StochasTok, TokenBytes
@@ -47,7 +48,7 @@ def command(
     if out is not None and out.suffix not in (".jsonl", ".arrow"):
         raise LimitError(_WHERE, "out", str(out), "a .jsonl or .arrow file")
     quiet_loading()
-    view = TokenBytes.of(_tokenizer(tokenizer))
+    view = TokenBytes.of(models.tokenizer(tokenizer, where=_WHERE))
     how = StochasTok(_table(view, table), p=p, seed=seed)
     found = _Counts()
     examples = _expanded(how, view, file, epoch, max_length, found)
@@ -65,26 +66,6 @@ class _Counts:
     def __init__(self) -> None:
         self.examples = self.before = self.after = self.able = 0
         self.sample: tuple[list[int], list[int]] | None = None
-
-
-def _tokenizer(name: str) -> Any:
-    from tokenmill import models
-
-    if name in models.names():
-        return models.load(name)[1]
-    if name.endswith(".json"):
-        from tokenizers import Tokenizer
-
-        if not Path(name).is_file():
-            raise LimitError(_WHERE, "tokenizer", name, "a file")
-        return Tokenizer.from_file(name)
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        limit = f"an embedded model ({', '.join(models.names())}), a folder, a tokenizer.json or a transformers id"
-        raise LimitError(_WHERE, "tokenizer", name, limit) from error
 
 
 def _table(view: TokenBytes, path: Path | None) -> ExpansionTable:
