@@ -13,7 +13,7 @@ import torch
 from tests.text.test_tokenadapt import bpe
 from tokenmill import bench, laws, models
 from tokenmill.bench.task import MethodSpec
-from tokenmill.bench.tasks._transplanted import bits_per_byte
+from tokenmill.bench.tasks._transplanted import bits_per_byte, train_rows
 from tokenmill.bench.tasks.transplant import Options, Task
 from tokenmill.errors import LimitError, UnsupportedError
 
@@ -93,3 +93,31 @@ def test_what_cannot_work_is_refused_before_anything_is_loaded(folder: str) -> N
         made.check(MethodSpec.parse("tokenadapt:top_k=0"))
     with pytest.raises(UnsupportedError, match="belongs to the task"):
         made.check(MethodSpec.parse("awrs"))
+
+
+def test_a_few_steps_change_the_rows_alone_and_help(folder: str) -> None:
+    plain, old = models.load("python-target")
+    text = "def name(self, value):\n    return self.value\n\n" * 30
+    before = {name: value.clone() for name, value in plain.state_dict().items()}
+    first = bits_per_byte(plain, old, text)[0]
+    losses = train_rows(plain, old, [text, "short"], steps=8, tokens=32, rate=1e-2, seed=0)
+    assert len(losses) == 8
+    assert losses[-1] < losses[0]
+    assert bits_per_byte(plain, old, text)[0] < first
+    changed = {name for name, value in plain.state_dict().items() if not torch.equal(value, before[name])}
+    assert "model.embed_tokens.weight" in changed
+    assert changed <= {"model.embed_tokens.weight", "lm_head.weight"}
+    assert all(p.requires_grad for p in plain.parameters())
+    with pytest.raises(LimitError, match="at most the tokens of the longest training text"):
+        train_rows(plain, old, ["short"], steps=1, tokens=32, rate=1e-2, seed=0)
+
+
+def test_training_needs_float32_and_is_part_of_the_settings(folder: str, tmp_path: Path) -> None:
+    with pytest.raises(LimitError, match="float32 with train_steps"):
+        options(folder, dtype="bfloat16", train_steps=3)
+    few = options(folder, train_steps=3, train_tokens=16, limit=1)
+    found = bench.run(Task(few), ["piece-mean"], tmp_path)
+    assert [r.status for r in found] == ["ok"] * 2
+    assert found[1].settings["train_steps"] == 3
+    none = bench.run(Task(options(folder, limit=1)), ["piece-mean"], tmp_path / "b")
+    assert found[1].quality["bits_per_byte"] < none[1].quality["bits_per_byte"]

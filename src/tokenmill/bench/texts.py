@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenmill.errors import LimitError, UnsupportedError
+from tokenmill.errors import LimitError, UnsupportedError, unknown_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +32,12 @@ def sources(where: str, data: str, limit: int) -> dict[str, Source]:
 
     Args:
         where: the command, for messages.
-        data: names of corpora with commas, or a file of JSON lines with "text" and, if wanted, "kind" and "id".
+        data: names of corpora with commas, each with kinds if wanted (``manual-pages:german+english``), or a file of
+            JSON lines with "text" and, if wanted, "kind" and "id".
         limit: of a file, the first so many texts of each kind are measured, and the others may warm.
 
     Raises:
-        LimitError: an unknown corpus, no such file, a line that is not as it should be.
+        LimitError: an unknown corpus or kind, no such file, a line that is not as it should be.
         UnsupportedError: two corpora of one kind.
     """
     path = Path(data)
@@ -45,15 +46,21 @@ def sources(where: str, data: str, limit: int) -> dict[str, Source]:
     from tokenmill import corpora
 
     found: dict[str, Source] = {}
-    for name in data.split(","):
-        corpus = corpora.load(name.strip())
-        for record in corpus.records:
-            source = found.setdefault(record.kind, Source(corpus.name, corpus.sha256, "test", {}))
+    for written in data.split(","):
+        name, _, chosen = written.strip().partition(":")
+        corpus = corpora.load(name)
+        known = list(dict.fromkeys(record.kind for record in corpus.records))
+        kinds = chosen.split("+") if chosen else known
+        for kind in kinds:
+            if kind not in known:
+                raise unknown_name(where, f"kind of {name}", kind, known)
+            source = found.setdefault(kind, Source(corpus.name, corpus.sha256, "test", {}))
             if source.name != corpus.name:
-                raise UnsupportedError(where, f"{corpus.name} and {source.name} both hold {record.kind}")
+                raise UnsupportedError(where, f"{corpus.name} and {source.name} both hold {kind}")
         for split in ("train", "test"):
             for record in corpus.split(split):
-                found[record.kind].texts.setdefault(split, {})[record.id] = record.text
+                if record.kind in kinds:
+                    found[record.kind].texts.setdefault(split, {})[record.id] = record.text
     return found
 
 
