@@ -115,9 +115,9 @@ def test_a_few_steps_change_the_rows_alone_and_help(folder: str) -> None:
 def test_training_needs_float32_and_is_part_of_the_settings(folder: str, tmp_path: Path) -> None:
     with pytest.raises(LimitError, match="float32 with train_steps"):
         options(folder, dtype="bfloat16", train_steps=3)
-    few = options(folder, train_steps=3, train_tokens=16, limit=1)
+    few = options(folder, train_steps=40, train_tokens=32, limit=1)
     found = bench.run(Task(few), ["piece-mean"], tmp_path)
     assert [r.status for r in found] == ["ok"] * 2
-    assert found[1].settings["train_steps"] == 3
+    assert found[1].settings["train_steps"] == 40
     none = bench.run(Task(options(folder, limit=1)), ["piece-mean"], tmp_path / "b")
     assert found[1].quality["bits_per_byte"] < none[1].quality["bits_per_byte"]
