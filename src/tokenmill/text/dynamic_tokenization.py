@@ -165,7 +165,8 @@ class DynamicBPE:
             runs of letters, digits and hyphens, or of other signs; nothing but special tokens; or a function from a
             text to the (start, end) of its units.
         max_merges: merges of a batch at most; None for no such limit.
-        target_reduction: stop when this share of what can be saved is saved; 1 merges all that may be merged.
+        target_reduction: stop when this share of what can be saved is saved; 1 merges all that may be merged. None is
+            0.5, or with `max_merges` no such limit.
         ties: among equally frequent pairs take the first by bytes, or the one that a reader meets first (the paper).
         per_example: merge each text by itself, so that it does not depend on the batch.
 
@@ -178,7 +179,7 @@ class DynamicBPE:
     _: KW_ONLY
     boundary: Boundary | Spans = "pretoken"
     max_merges: int | None = None
-    target_reduction: float = 0.5
+    target_reduction: float | None = None
     ties: Ties = "bytes"
     per_example: bool = False
     _view: TokenBytes = field(init=False, repr=False, compare=False)
@@ -189,7 +190,7 @@ class DynamicBPE:
             raise unknown_name(_WHERE, "boundary", self.boundary, _BOUNDARIES)
         if self.max_merges is not None and self.max_merges < 0:
             raise LimitError(_WHERE, "max_merges", self.max_merges, "at least 0, or None")
-        if not 0 <= self.target_reduction <= 1 or math.isnan(self.target_reduction):
+        if self.target_reduction is not None and not 0 <= self.target_reduction <= 1:
             raise LimitError(_WHERE, "target_reduction", self.target_reduction, "in [0, 1]")
         if self.ties not in ("bytes", "first"):
             raise unknown_name(_WHERE, "ties", str(self.ties), ("bytes", "first"))
@@ -314,7 +315,10 @@ class DynamicBPE:
                     counts[at] += 1
                     most += len(ids) - 1
         merging = Merging(units, counts, self.ties, self._bytes)
-        target = None if self.target_reduction == 1 else math.ceil(self.target_reduction * most - 1e-9)
+        share = self.target_reduction
+        if share is None:
+            share = 0.5 if self.max_merges is None else 1.0
+        target = None if share == 1 else math.ceil(share * most - 1e-9)
         merging.run(self.max_merges, target)
         found = [
             [(number, list(merging.units[known[ids]]) if able else [(i,) for i in ids]) for number, ids, able in row]
