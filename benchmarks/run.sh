@@ -11,7 +11,7 @@ keep() { # the lines of a run become one results file
   cat "runs/$1/results.jsonl" >>"$RESULTS/$1.jsonl"
 }
 
-for part in ${*:-profile speed accepted spectr exactness toy constrain peer bytes complete ensemble tokenize transplant guard stochastok}; do
+for part in ${*:-profile speed accepted spectr exactness toy constrain peer bytes complete ensemble tokenize transplant guard stochastok vocabulary shorten large}; do
   case $part in
   profile) python benchmarks/forward_cost.py ;;
   speed)
@@ -77,6 +77,18 @@ for part in ${*:-profile speed accepted spectr exactness toy constrain peer byte
     keep guard
     ;;
   stochastok) python benchmarks/stochastok_speed.py ;;
+  vocabulary) python benchmarks/vocabulary_training.py ;;
+  shorten)
+    for boundary in pretoken word; do
+      for share in 0.35 0.5 1.0; do
+        level=:boundary=$boundary:target_reduction=$share
+        tokenmill bench shorten --out runs/shorten \
+          --methods truncate$level,last-piece$level,mean$level,dynamic-tokenization$level
+      done
+    done
+    keep shorten
+    ;;
+  large) python benchmarks/large_vocabulary.py ;;
   *)
     echo "unknown part $part: profile, speed, accepted, spectr, exactness, toy, constrain, peer, bytes, complete, ensemble, tokenize, transplant, guard, stochastok" >&2
     exit 2

@@ -314,8 +314,33 @@ def stochastok() -> str:
     return table(head, rows) + provenance(lines("stochastok-speed"))
 
 
+def shorten() -> str:
+    """Tokens saved and cosine kept, by kind and method."""
+    rows = []
+    for line in lines("shorten"):
+        if line["method"] != "plain":
+            q = line["quality"]
+            shown = [f"{q['cut']:.1%}", f"{q['cosine']:.3f}", f"{q['recall']:.1%}", f"{line['ratio']['ms'][0]:.2f}x"]
+            rows.append([line["data"]["kind"], f"`{label(line)}`", *shown])
+    head = ["texts", "method", "tokens saved", "cosine", "own text nearest", "time to the ordinary"]
+    return table(head, rows) + provenance(lines("shorten"))
+
+
+def large_vocabulary() -> str:
+    """Recall of the index, and its time beside the exact product."""
+    found = lines("large-vocabulary")
+    rows = []
+    for line in found:
+        if line["what"] == "search":
+            ms, shown = line["ms"], [f"{line['recall_1']:.1%}", f"{line['recall_20']:.1%}"]
+            times = [f"{ms['index']:.1f} ms", f"{ms['exact']:.1f} ms", f"{line['faster']:.1f}x"]
+            rows.append([f"{line['nprobe']} of {line['cells']}", *shown, *times])
+    head = ["cells searched", "recall@1", "recall@20", "index", "exact product", "faster"]
+    return table(head, rows) + provenance(found)
+
+
 _ALL = (awrs_toy, constrain, awrs_peer, complete, ensemble, speed, short, profile, accepted, exactness, spectr, pair)
-_TEXT = (tokenize, transplant, guard, stochastok)
+_TEXT = (tokenize, transplant, guard, stochastok, shorten, large_vocabulary)
 TABLES: dict[str, Callable[[], str]] = {one.__name__: one for one in (*_ALL, *_TEXT)} | {"bytes": bytes_}
 
 

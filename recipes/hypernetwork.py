@@ -26,6 +26,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tokenmill import corpora, models
@@ -48,6 +50,7 @@ BOUNDARIES = ("pretoken", "word")
 LEVELS = (0.25, 0.5, 0.75, 1.0)
 BATCH, CHARS, TOKENS = {True: 32, False: 4}, {True: 500, False: 900}, {True: 128, False: 256}
 SAVE_SECONDS = 600
+STATE = "state.safetensors"
 
 
 def load(name: str) -> tuple[Any, Any]:
@@ -125,7 +128,7 @@ def encoder_loss(model: Any, tokenizer: Any, inputs: Any, net: HyperNetwork, bat
     return 5 * (1 - cosine).mean() + tokens
 
 
-def decoder_loss(model: Any, tokenizer: Any, inputs: Any, net: HyperNetwork, batch: Any) -> Tensor:
+def decoder_loss(model: Any, tokenizer: Any, inputs: Any, net: HyperNetwork | MeanEmbedder, batch: Any) -> Tensor:
     """Kullback-Leibler divergence behind the last piece of every token, over the base vocabulary."""
     with torch.no_grad():
         plain = tokenizer.pad({"input_ids": batch.base_ids}, return_tensors="pt", padding_side="left")
@@ -143,11 +146,13 @@ def decoder_loss(model: Any, tokenizer: Any, inputs: Any, net: HyperNetwork, bat
     return F.kl_div(ours, teacher, log_target=True, reduction="batchmean") + F.mse_loss(got, wanted) / wanted.var()
 
 
-def predict(net: HyperNetwork, tokens: list[Any]) -> Tensor:
+def predict(net: HyperNetwork | MeanEmbedder, tokens: list[Any]) -> Tensor:
     from tokenmill.text._token_embedders import padded
 
     if not tokens:
-        return torch.zeros(0, net.config.dim)
+        return torch.zeros(0, 1)
+    if isinstance(net, MeanEmbedder):
+        return net.embed(tokens).input
     ids, mask = padded(tokens, net.config.surface_maxlen)
     return net(ids, mask).input
 
@@ -158,12 +163,9 @@ def train(name: str, net: HyperNetwork, model: Any, tokenizer: Any, out: Path, a
     inputs = DynamicInputs(model, net, positions="keep" if encoder else None)
     optimizer = torch.optim.AdamW(net.parameters(), lr=args.rate, betas=(0.9, 0.95), weight_decay=0.01)
     pool = texts("train", CHARS[encoder])
-    spent, step, state = 0.0, 0, out / "state.pt"
-    if args.resume and state.is_file():
-        saved = torch.load(state, weights_only=True)
-        net.load_state_dict(saved["net"])
-        optimizer.load_state_dict(saved["optimizer"])
-        spent, step = saved["seconds"], saved["step"]
+    spent, step = 0.0, 0
+    if args.resume and (out / STATE).is_file():
+        spent, step = restored(out / STATE, net, optimizer)
     rng = random.Random(f"{args.seed} {step}")
     began, last, mean = time.monotonic() - spent, time.monotonic(), 0.0
     while (done := (time.monotonic() - began) / (60 * args.minutes)) < 1:
@@ -184,14 +186,34 @@ def train(name: str, net: HyperNetwork, model: Any, tokenizer: Any, out: Path, a
             print(f"step {step}  {done:.0%}  loss {mean:.4f}", flush=True)
         if time.monotonic() - last > SAVE_SECONDS:
             last = time.monotonic()
-            out.mkdir(parents=True, exist_ok=True)
-            half = out / "state.tmp"
-            seconds = time.monotonic() - began
-            torch.save(
-                {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "seconds": seconds, "step": step}, half
-            )
-            half.replace(state)
+            keep(out, net, optimizer, last - began, step)
     return step
+
+
+def keep(out: Path, net: HyperNetwork, optimizer: torch.optim.AdamW, seconds: float, step: int) -> None:
+    """Everything that going on needs, whole or not at all."""
+    out.mkdir(parents=True, exist_ok=True)
+    found = {f"net.{name}": tensor for name, tensor in net.state_dict().items()}
+    for number, values in optimizer.state_dict()["state"].items():
+        found |= {f"optimizer.{number}.{name}": tensor for name, tensor in values.items()}
+    half = out / f"{STATE}.tmp"
+    save_file(found, half, metadata={"seconds": str(seconds), "step": str(step)})
+    half.replace(out / STATE)
+
+
+def restored(path: Path, net: HyperNetwork, optimizer: torch.optim.AdamW) -> tuple[float, int]:
+    """Seconds and steps that were done; network and optimiser go on from there."""
+    tensors = load_file(path)
+    net.load_state_dict({name[4:]: tensor for name, tensor in tensors.items() if name.startswith("net.")})
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, number, part = name.split(".")
+            state.setdefault(int(number), {})[part] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    with safe_open(path, "pt") as file:
+        about = file.metadata()
+    return float(about["seconds"]), int(about["step"])
 
 
 @torch.no_grad()
@@ -217,7 +239,7 @@ def measured(name: str, net: HyperNetwork, model: Any, tokenizer: Any, batches: 
                         after = sentence(model(**given).last_hidden_state, given["attention_mask"])
                         value = float((before * after).sum(-1).mean())
                     else:
-                        value = float(decoder_loss(model, tokenizer, inputs, embedder, batch))  # type: ignore[arg-type]
+                        value = float(decoder_loss(model, tokenizer, inputs, embedder, batch))
                     sums[label] += value / batches
             found[f"{corpus}, {boundary}, {level:g}"] = {key: round(value, 4) for key, value in sums.items()}
             print(corpus, boundary, level, found[f"{corpus}, {boundary}, {level:g}"], flush=True)
@@ -256,7 +278,7 @@ def main() -> None:
         "held_out": measured(args.model, net, model, tokenizer, batches=4),
     }
     (out / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-    (out / "state.pt").unlink(missing_ok=True)
+    (out / STATE).unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

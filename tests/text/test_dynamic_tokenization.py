@@ -61,9 +61,7 @@ def test_incremental_merging_is_the_recount_in_a_thousand_batches(ties: str) -> 
     ended_early = 0
     for _ in range(1000):
         alphabet = rng.randrange(1, 5)  # few letters: runs of one letter, and many ties
-        units = [
-            [(rng.randrange(alphabet),) for _ in range(rng.randrange(1, 9))] for _ in range(rng.randrange(1, 12))
-        ]
+        units = [[(rng.randrange(alphabet),) for _ in range(rng.randrange(1, 9))] for _ in range(rng.randrange(1, 12))]
         merges = rng.choice([None, 0, 1, 2, 5])
         rows, done = recount(units, merges, ties)
         ours, ours_done, saved = incremental(units, merges, ties)

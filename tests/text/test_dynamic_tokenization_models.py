@@ -241,7 +241,7 @@ def test_networks_are_saved_and_refuse_another_model(tmp_path: Path) -> None:
     pieces = [(5, 77), (1, 2, 3)]
     assert torch.allclose(again.embed(pieces).input, net.embed(pieces).input, atol=1e-3)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hypernetwork.json", "hypernetwork.safetensors"]
-    with pytest.raises(LimitError, match="the vocabulary .* that it was trained for"):
+    with pytest.raises(LimitError, match=r"the vocabulary .* that it was trained for"):
         HyperNetwork.from_pretrained(tmp_path, *minilm())
     other = models.tiny("llama", vocab=2048, seed=5)
     with pytest.raises(LimitError, match="the model whose rows it was trained on"):
@@ -252,7 +252,7 @@ def test_networks_are_saved_and_refuse_another_model(tmp_path: Path) -> None:
 
 def test_untied_models_get_output_rows_too() -> None:
     tokenizer = decoder()[1]
-    tiny = models.tiny("llama", vocab=2048)
+    tiny: Any = models.tiny("llama", vocab=2048)
     tiny.config.tie_word_embeddings = False
     tiny.lm_head.weight = torch.nn.Parameter(torch.randn_like(tiny.lm_head.weight))
     net = drawn(tiny, tokenizer)

@@ -83,7 +83,9 @@ class HyperNetwork(nn.Module):
         layer = nn.TransformerEncoderLayer(
             config.hidden, config.heads, config.ff, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )
-        self.layers = nn.TransformerEncoder(layer, config.layers, nn.LayerNorm(config.hidden), enable_nested_tensor=False)
+        self.layers = nn.TransformerEncoder(
+            layer, config.layers, nn.LayerNorm(config.hidden), enable_nested_tensor=False
+        )
         self.leave = nn.Linear(config.hidden, wide)
         nn.init.zeros_(self.leave.weight)
         nn.init.zeros_(self.leave.bias)

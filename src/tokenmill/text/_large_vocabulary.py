@@ -1,4 +1,4 @@
-"""Writing with a vocabulary of up to a million tokens, whose rows are predicted and lie in a nearest-neighbour index."""
+"""Writing with a vocabulary of up to a million tokens; their rows are predicted and lie in a search index."""
 
 from __future__ import annotations
 
@@ -271,7 +271,10 @@ class LargeVocabHead:
             cache = made.past_key_values if use_cache else None
             if not use_cache:
                 everything = torch.cat([everything, fed], dim=1)
-                fed, places = everything, torch.cat([all_places, all_places[:, -1:] + torch.arange(1, steps + 1)], dim=1)
+                fed, places = (
+                    everything,
+                    torch.cat([all_places, all_places[:, -1:] + torch.arange(1, steps + 1)], dim=1),
+                )
         found = [[t for t in row if t >= 0] for row in torch.stack(written, 1).tolist()]
         return LargeOutput(found, [self.vocabulary.decode(row) for row in found], steps)
 

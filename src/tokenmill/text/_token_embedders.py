@@ -57,9 +57,10 @@ def tables(model: Any) -> Tables:
         if not torch.allclose(made, plain * scale, rtol=1e-2, atol=1e-6):
             what = f"the embedding of {type(model).__name__} does more than look up and scale rows"
             raise UnsupportedError("DynamicInputs", what)
-    out = model.get_output_embeddings()
-    tied = out is None or out.weight.data_ptr() == weight.data_ptr()
-    return Tables(weight, None if tied else out.weight, 1.0 if abs(scale - 1) < 1e-6 else scale)
+    made_by = model.get_output_embeddings()
+    out = None if made_by is None else made_by.weight
+    tied = out is None or out.data_ptr() == weight.data_ptr()
+    return Tables(weight, None if tied else out, 1.0 if abs(scale - 1) < 1e-6 else scale)
 
 
 def padded(pieces: Sequence[Token], longest: int | None = None) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,138 @@
+"""The best of a million tokens: a search index beside the exact product, for Gemma's own hidden states.
+
+python benchmarks/large_vocabulary.py     # a quarter of an hour on two cores, 12 GB
+
+The vocabulary is Gemma's own and, behind it, the runs of up to three words that save most tokens in Python's source and
+in the manual pages; their rows come from the trained network where the user's cache has it, else they are means of
+pieces. Queries are last hidden states of held-out texts. For each index: the share of queries whose first token is the
+exact one (recall@1), the share of the exact twenty that it finds, and the time of one query at a time, in turn with the
+exact product, medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenmill import corpora, models
+from tokenmill.bench.environment import environment
+from tokenmill.errors import LimitError, UnsupportedError
+from tokenmill.text import DynamicBPE, HyperNetwork, LargeVocabHead, LargeVocabulary, MeanEmbedder
+
+RESULTS = Path(__file__).parent / "results" / "large-vocabulary.jsonl"
+MODEL = "gemma-3-270m"
+PROBES = (16, 32, 64, 128, 256, 512)
+K = 20
+
+
+def texts(split: str, chars: int) -> list[str]:
+    """Source and manual pages; a machine without pages has source alone."""
+    found: list[str] = []
+    for name in ("python-stdlib", "manual-pages"):
+        try:
+            records = corpora.load(name).split(split)
+        except UnsupportedError:
+            continue
+        left = chars // 2
+        for record in records:
+            if left <= 0:
+                break
+            found.append(record.text)
+            left -= len(record.text)
+    return found
+
+
+def embedder_of(model: Any, tokenizer: Any) -> tuple[str, Any]:
+    try:
+        return "hypernetwork", HyperNetwork.from_pretrained(MODEL, model, tokenizer)
+    except LimitError:
+        return "mean of pieces", MeanEmbedder(model)
+
+
+@torch.inference_mode()
+def queries(model: Any, tokenizer: Any, count: int) -> Tensor:
+    """(count, D) hidden states behind places of held-out texts."""
+    found: list[Tensor] = []
+    for text in texts("test", 400_000):
+        ids = tokenizer(text[:1500], return_tensors="pt")["input_ids"][:, :256]
+        states = model.base_model(input_ids=ids).last_hidden_state[0]  # (n, D)
+        found.append(states[8::8])
+        if sum(map(len, found)) >= count:
+            break
+    return torch.cat(found)[:count]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=1_000_000)
+    parser.add_argument("--chars", type=int, default=12_000_000, help="of the texts that the vocabulary comes from")
+    parser.add_argument("--queries", type=int, default=1000)
+    parser.add_argument("--timed", type=int, default=60, help="queries that are timed, one at a time")
+    args = parser.parse_args()
+    model: Any
+    model, tokenizer = models.load(MODEL)
+    bpe = DynamicBPE(tokenizer, boundary="word")
+    base = model.get_input_embeddings().weight.shape[0]
+    began = time.perf_counter()
+    vocabulary = LargeVocabulary.from_texts(bpe, texts("train", args.chars), args.size, base=base)
+    counted = time.perf_counter() - began
+    name, embedder = embedder_of(model, tokenizer)
+    began = time.perf_counter()
+    head = LargeVocabHead(model, vocabulary, embedder, search="ivf", nprobe=PROBES[0])
+    built = time.perf_counter() - began
+    about = {
+        "schema": 1,
+        "task": "large-vocabulary",
+        "method": "dynamic-tokenization",
+        "model": MODEL,
+        "cmd": " ".join(["python", *sys.argv]),
+        "env": environment(),
+        "tokens": len(vocabulary),
+        "rows": name,
+        "queries": args.queries,
+        "seconds": {"counting": counted, "rows and index": built},
+    }
+    asked = queries(model, tokenizer, args.queries)
+    exact = torch.cat([(part @ head.output.T).topk(K, dim=-1).indices for part in asked.split(50)])
+    keep({"what": "text", **saved(bpe, vocabulary)}, about)
+    for probes in PROBES:
+        head._index.nprobe = probes
+        found = torch.cat([head.candidates(part, K)[0] for part in asked.split(50)])
+        first = float((found[:, 0] == exact[:, 0]).float().mean())
+        shared = float((found[:, :, None] == exact[:, None, :]).any(-1).float().mean())
+        ways = {"index": lambda q: head.candidates(q, K), "exact": lambda q: (q @ head.output.T).topk(K, dim=-1)}
+        took: dict[str, list[float]] = {way: [] for way in ways}
+        for query in asked[: args.timed, None]:
+            for way, run in ways.items():
+                start = time.perf_counter()
+                run(query)
+                took[way].append(1000 * (time.perf_counter() - start))
+        times = {way: median(values) for way, values in took.items()}
+        line = {"what": "search", "nprobe": probes, "cells": head._index.nlist, "recall_1": first, "recall_20": shared}
+        keep({**line, "ms": times, "faster": times["exact"] / times["index"]}, about)
+
+
+def saved(bpe: DynamicBPE, vocabulary: LargeVocabulary) -> dict[str, float]:
+    """Tokens of held-out texts with the base vocabulary and with the large one."""
+    ids = [[i for unit in units for i in unit] for units in bpe.units(texts("test", 400_000))]
+    before, after = sum(map(len, ids)), sum(len(vocabulary.encode(row)) for row in ids)
+    return {"base_tokens": before, "large_tokens": after, "cut": 1 - after / before}
+
+
+def keep(line: dict[str, Any], about: dict[str, Any]) -> None:
+    """Append a line at once: what was measured before an interruption stays."""
+    print(json.dumps(line), flush=True)
+    with RESULTS.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({**line, "status": "ok", **about}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
