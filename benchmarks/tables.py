@@ -320,9 +320,9 @@ def shorten() -> str:
     for line in lines("shorten"):
         if line["method"] != "plain":
             q = line["quality"]
-            shown = [f"{q['cut']:.1%}", f"{q['cosine']:.3f}", f"{q['recall']:.1%}", f"{line['ratio']['ms'][0]:.2f}x"]
+            shown = [f"{q['cut']:.1%}", f"{q['cosine']:.3f}", f"{q['recall']:.1%}"]
             rows.append([line["data"]["kind"], f"`{label(line)}`", *shown])
-    head = ["texts", "method", "tokens saved", "cosine", "own text nearest", "time to the ordinary"]
+    head = ["texts", "method", "tokens saved", "cosine", "own text nearest"]
     return table(head, rows) + provenance(lines("shorten"))
 
 

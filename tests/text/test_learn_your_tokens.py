@@ -330,7 +330,7 @@ def test_characters_and_subwords_are_units_too(tmp_path: Path) -> None:
         again = WordSegmenter.load(tmp_path)
         assert all(np.array_equal(a, b) for a, b in zip(one.encode("def f(x)"), again.encode("def f(x)"), strict=True))
         assert (again.base, again.size, again.c_max) == (one.base, one.size, one.c_max)
-        shape = LearnYourTokens(base=one.base, c_max=one.c_max, dec_heads=4)
+        shape = LearnYourTokens(base=one.base, c_max=one.c_max, dec_heads=4)  # type: ignore[arg-type]
         model = shape.model(one, copy.deepcopy(BACKBONES["llama"]))
         assert model.score(["def f(x)"])[0].bits_per_byte > 0
 

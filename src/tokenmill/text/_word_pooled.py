@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from tokenmill.errors import LimitError, UnsupportedError
 from tokenmill.text import _word_generation as generation
@@ -42,7 +42,7 @@ class WordPooledConfig(PretrainedConfig):
     """
 
     model_type = "tokenmill-word-pooled"
-    sub_configs: ClassVar[dict[str, Any]] = {"backbone": AutoConfig}
+    sub_configs: ClassVar[dict[str, Any]] = {"backbone": AutoConfig}  # pyright: ignore[reportIncompatibleMethodOverride]
 
     def __init__(
         self, backbone: Any = None, unit_vocab_size: int = 256, num_prefix: int = 4, c_max: int = 24,
@@ -118,7 +118,7 @@ class WordPooledLM(PreTrainedModel):
     """
 
     config_class = WordPooledConfig
-    base_model_prefix = "backbone"
+    base_model_prefix = "word_pooled"  # no module of that name: "backbone.norm" must not be taken for "norm"
     main_input_name = "units"
     _supports_sdpa = True
     _supports_attention_backend = True

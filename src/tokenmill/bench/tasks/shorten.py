@@ -9,14 +9,12 @@ and predicting rows count in the time; the cache of rows stays warm from batch t
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+import numpy as np
 
 from tokenmill.bench.task import Item, MethodSpec, Metric, NoSettings, Outcome, Scalar, read_spec
 from tokenmill.bench.texts import Source, sources
@@ -137,19 +135,21 @@ class Task:
             dynamic_tokenization.DynamicBPE(dynamic_tokenization.small().tokenizer, **params)
         return MethodSpec(spec.slug, params)
 
-    def subject(self, spec: MethodSpec, kind: str, /) -> _Encoding:
+    def subject(self, spec: MethodSpec, kind: str, /) -> Any:
         """The encoder behind a method, warm."""
         from tokenmill.text import CachedEmbedder, DynamicBPE, DynamicInputs, HyperNetwork, MeanEmbedder
 
+        from ._shortened import Encoding, LastPiece
+
         model, tokenizer = self._loaded
         o = self.options
-        made = _Encoding(model, tokenizer, o.max_length)
+        made = Encoding(model, tokenizer, o.max_length)
         if spec.slug != "plain":
             made.bpe = DynamicBPE(tokenizer, **spec.params)
         if spec.slug == "truncate":
             made.truncates = True
         elif spec.slug != "plain":
-            embedder: Any = MeanEmbedder(model) if spec.slug == "mean" else _LastPiece(model)
+            embedder: Any = MeanEmbedder(model) if spec.slug == "mean" else LastPiece(model)
             if spec.slug not in _BASELINES:
                 embedder = HyperNetwork.from_pretrained(o.network or o.model, model, tokenizer)
                 embedder = made.cache = CachedEmbedder(embedder, o.cache)
@@ -159,11 +159,11 @@ class Task:
 
     def quality(self, item: Item, plain: Outcome, ours: Outcome, /) -> dict[str, float]:  # noqa: ARG002
         like = ours.output @ plain.output.T  # (B, B)
-        nearest = like.argmax(1) == torch.arange(len(like))
+        nearest = like.argmax(1) == np.arange(len(like))
         return {
             "cut": 1 - ours.counts["tokens"] / plain.counts["tokens"],
             "cosine": float(like.diagonal().mean()),
-            "recall": float(nearest.float().mean()),
+            "recall": float(nearest.mean()),
         }
 
     def derive(self, totals: Mapping[str, float], /) -> dict[str, float]:
@@ -185,56 +185,6 @@ class Task:
     @cached_property
     def _sources(self) -> dict[str, Source]:
         return sources(_WHERE, self.options.data, self.options.limit)
-
-
-@dataclass(slots=True)
-class _Encoding:
-    """An encoder on batches of texts."""
-
-    model: Any
-    tokenizer: Any
-    max_length: int
-    bpe: Any = None
-    inputs: Any = None
-    cache: Any = None
-    truncates: bool = False
-
-    @torch.inference_mode()
-    def run(self, item: Item, /) -> Outcome:
-        """Embeddings of one batch, (B, D), each of length 1."""
-        before = (self.cache.hits, self.cache.misses) if self.cache is not None else (0, 0)
-        given = self._given(item.content)
-        hidden = self.model(**given).last_hidden_state
-        mask = given["attention_mask"][..., None].to(hidden.dtype)
-        made = F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
-        tokens = float(given["attention_mask"].sum())
-        counts = {"tokens": tokens, "positions": float(mask.shape[0] * mask.shape[1]), "model_calls": 1.0}
-        if self.cache is not None:
-            counts |= {"hits": self.cache.hits - before[0], "misses": float(self.cache.misses - before[1])}
-        return Outcome(made, counts)
-
-    def _given(self, texts: Sequence[str]) -> Mapping[str, Tensor]:
-        cut: dict[str, Any] = {"truncation": True, "max_length": self.max_length}
-        if self.bpe is None:
-            return self.tokenizer(list(texts), padding=True, return_tensors="pt", **cut)
-        batch = self.bpe.merge(texts, max_length=self.max_length)
-        if not self.truncates:
-            return self.inputs(batch)
-        # The special token at the end stays.
-        short = [[*ids[: len(row) - 1], ids[-1]] for ids, row in zip(batch.base_ids, batch.pieces, strict=True)]
-        return self.tokenizer.pad({"input_ids": short}, return_tensors="pt")
-
-
-class _LastPiece:
-    """The row of a token's last piece."""
-
-    def __init__(self, model: Any) -> None:
-        self.weight = model.get_input_embeddings().weight
-
-    def embed(self, pieces: Sequence[tuple[int, ...]], /) -> Any:
-        from tokenmill.text._token_embedders import Rows
-
-        return Rows(self.weight[torch.tensor([token[-1] for token in pieces])], None)
 
 
 def _parts(text: str, chars: int) -> list[str]:
