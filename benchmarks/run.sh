@@ -79,13 +79,9 @@ for part in ${*:-profile speed accepted spectr exactness toy constrain peer byte
   stochastok) python benchmarks/stochastok_speed.py ;;
   vocabulary) python benchmarks/vocabulary_training.py ;;
   shorten)
-    for boundary in pretoken word; do
-      for share in 0.35 0.5 1.0; do
-        level=:boundary=$boundary:target_reduction=$share
-        tokenmill bench shorten --out runs/shorten \
-          --methods truncate$level,last-piece$level,mean$level,dynamic-tokenization$level
-      done
-    done
+    level=:boundary=word:target_reduction=0.45
+    tokenmill bench shorten --data python-reference,python-stdlib --limit 2 --repeats 1 --out runs/shorten \
+      --methods truncate$level,last-piece$level,mean$level,dynamic-tokenization$level
     keep shorten
     ;;
   large) python benchmarks/large_vocabulary.py ;;
