@@ -12,22 +12,18 @@ exact product, medians.
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import time
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from _lines import Lines
 from torch import Tensor
 
 from tokenmill import corpora, models
-from tokenmill.bench.environment import environment
 from tokenmill.errors import LimitError, UnsupportedError
 from tokenmill.text import DynamicBPE, HyperNetwork, LargeVocabHead, LargeVocabulary, MeanEmbedder
 
-RESULTS = Path(__file__).parent / "results" / "large-vocabulary.jsonl"
 MODEL = "gemma-3-270m"
 PROBES = (16, 32, 64, 128, 256, 512)
 K = 20
@@ -88,23 +84,15 @@ def main() -> None:
     began = time.perf_counter()
     head = LargeVocabHead(model, vocabulary, embedder, search="ivf", nprobe=PROBES[0])
     built = time.perf_counter() - began
-    about = {
-        "schema": 1,
-        "task": "large-vocabulary",
-        "method": "dynamic-tokenization",
-        "model": MODEL,
-        "cmd": " ".join(["python", *sys.argv]),
-        "env": environment(),
-        "tokens": len(vocabulary),
-        "rows": name,
-        "queries": args.queries,
-        "seconds": {"counting": counted, "rows and index": built},
-    }
+    lines = Lines(
+        "large-vocabulary", "dynamic-tokenization", model=MODEL, tokens=len(vocabulary), rows=name,
+        queries=args.queries, seconds={"counting": counted, "rows and index": built},
+    )  # fmt: skip
     asked = queries(model, tokenizer, args.queries)
     exact = torch.cat([(part @ head.output.T).topk(K, dim=-1).indices for part in asked.split(50)])
-    keep({"what": "text", **saved(bpe, vocabulary)}, about)
+    lines.keep("text", **saved(bpe, vocabulary))
     for probes in PROBES:
-        head._index.nprobe = probes
+        head.index.nprobe = probes
         found = torch.cat([head.candidates(part, K)[0] for part in asked.split(50)])
         first = float((found[:, 0] == exact[:, 0]).float().mean())
         shared = float((found[:, :, None] == exact[:, None, :]).any(-1).float().mean())
@@ -116,8 +104,10 @@ def main() -> None:
                 run(query)
                 took[way].append(1000 * (time.perf_counter() - start))
         times = {way: median(values) for way, values in took.items()}
-        line = {"what": "search", "nprobe": probes, "cells": head._index.nlist, "recall_1": first, "recall_20": shared}
-        keep({**line, "ms": times, "faster": times["exact"] / times["index"]}, about)
+        lines.keep(
+            "search", nprobe=probes, cells=head.index.nlist, recall_1=first, recall_20=shared, ms=times,
+            faster=times["exact"] / times["index"],
+        )  # fmt: skip
 
 
 def saved(bpe: DynamicBPE, vocabulary: LargeVocabulary) -> dict[str, float]:
@@ -125,13 +115,6 @@ def saved(bpe: DynamicBPE, vocabulary: LargeVocabulary) -> dict[str, float]:
     ids = [[i for unit in units for i in unit] for units in bpe.units(texts("test", 400_000))]
     before, after = sum(map(len, ids)), sum(len(vocabulary.encode(row)) for row in ids)
     return {"base_tokens": before, "large_tokens": after, "cut": 1 - after / before}
-
-
-def keep(line: dict[str, Any], about: dict[str, Any]) -> None:
-    """Append a line at once: what was measured before an interruption stays."""
-    print(json.dumps(line), flush=True)
-    with RESULTS.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({**line, "status": "ok", **about}) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,23 +9,18 @@ original text, the growth, and how many times faster than the loop. Another line
 
 from __future__ import annotations
 
-import json
 import random
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
+from _lines import Lines, seconds
 
 from tokenmill import models
-from tokenmill.bench.environment import environment
 from tokenmill.bench.texts import sources
 from tokenmill.text import ExpansionTable, StochasTok, TokenBytes
 
-RESULTS = Path(__file__).parent / "results" / "stochastok-speed.jsonl"
 TOKENIZERS = ("python-target", "gemma-3-270m")
 CASES = ((512, 2000), (4096, 250), (1_000_000, 1), (512, 1))  # tokens of a row, rows
 PS = (0.1, 1.0)
@@ -42,12 +37,6 @@ def loop(pairs: list[list[tuple[int, int]]], ids: list[int], p: float, rng: rand
         if pairs[ids[at]]:
             ids[at : at + 1] = rng.choice(pairs[ids[at]])
     return ids
-
-
-def seconds(what: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    what()
-    return time.perf_counter() - start
 
 
 def case(table: ExpansionTable, text: np.ndarray, n: int, rows: int, p: float) -> dict[str, Any]:
@@ -79,13 +68,7 @@ def case(table: ExpansionTable, text: np.ndarray, n: int, rows: int, p: float) -
 
 
 def main() -> None:
-    about = {
-        "schema": 1,
-        "task": "stochastok-speed",
-        "method": "stochastok",
-        "cmd": " ".join(["python", *sys.argv]),
-        "env": environment(),
-    }
+    lines = Lines("stochastok-speed", "stochastok")
     corpus = sources("stochastok_speed", "python-stdlib", 1)["code"].texts["train"]
     texts = [corpus[name] for name in sorted(corpus)][:600]  # one long string would cost the encoder gigabytes
     for name in TOKENIZERS:
@@ -93,19 +76,11 @@ def main() -> None:
         table = ExpansionTable.from_tokenizer(view)
         build = median(seconds(lambda v=view: ExpansionTable.from_tokenizer(v)) for _ in range(3))
         facts = {"vocabulary": len(table), "pairs": len(table.left), "splittable": int(table.splittable.sum())}
-        keep({"what": "table", "tokenizer": name, "seconds": build, **facts}, about)
+        lines.keep("table", tokenizer=name, seconds=build, **facts)
         ids = np.array([i for text in texts for i in view.encode(text)], dtype=np.int64)
         for p in PS:
             for n, rows in CASES:
-                made = case(table, ids, n, rows, p)
-                keep({"what": "expand", "tokenizer": name, **made}, about)
-
-
-def keep(line: dict[str, Any], about: dict[str, Any]) -> None:
-    """Append a line at once: what was measured before an interruption stays."""
-    print(json.dumps(line), flush=True)
-    with RESULTS.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({**line, "status": "ok", **about}) + "\n")
+                lines.keep("expand", tokenizer=name, **case(table, ids, n, rows, p))
 
 
 if __name__ == "__main__":

@@ -9,23 +9,19 @@ after three characters in a hundred were changed: the Jaccard index of their bou
 
 from __future__ import annotations
 
-import json
-import sys
 import tempfile
-import time
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from _lines import Lines, seconds
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from tokenmill import corpora
-from tokenmill.bench.environment import environment
 from tokenmill.models import tokenizer
 from tokenmill.text import train_char_bpe, train_domain_bpe
 from tokenmill.text._tokenizer_report import boundary_stability
 
-RESULTS = Path(__file__).parent / "results" / "vocabulary-training.jsonl"
 SIZES = (4096, 16_384)
 REPEATS = 5
 NOISE = 0.03
@@ -43,13 +39,7 @@ def bare(file: str, size: int) -> Tokenizer:
     return made
 
 
-def seconds(what: Any) -> float:
-    start = time.perf_counter()
-    what()
-    return time.perf_counter() - start
-
-
-def training(about: dict[str, Any]) -> None:
+def training(lines: Lines) -> None:
     texts = [record.text for record in corpora.load("python-stdlib").split("train")]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "source.txt"
@@ -63,11 +53,10 @@ def training(about: dict[str, Any]) -> None:
                 )
             ratio = median(ours / plain for ours, plain in zip(took["ours"], took["bare"], strict=True))
             megabytes = file.stat().st_size / 1e6
-            line = {"what": "time", "vocab_size": size, "megabytes": megabytes, "seconds": took, "ratio": ratio}
-            keep(line, about)
+            lines.keep("time", vocab_size=size, megabytes=megabytes, seconds=took, ratio=ratio)
 
 
-def stability(about: dict[str, Any]) -> None:
+def stability(lines: Lines) -> None:
     corpus = corpora.load("python-reference")
     train = [record.text for record in corpus.split("train")]
     held_out = [record.text[:CHARS] for record in corpus.split("test")]
@@ -82,26 +71,13 @@ def stability(about: dict[str, Any]) -> None:
     }
     for name, one in made.items():
         found = boundary_stability(one, held_out, NOISE, 0)
-        keep({"what": "noise", "vocabulary": name, "rate": NOISE, "texts": len(held_out), **found}, about)
+        lines.keep("noise", vocabulary=name, rate=NOISE, texts=len(held_out), **found)
 
 
 def main() -> None:
-    about = {
-        "schema": 1,
-        "task": "vocabulary-training",
-        "method": "kl3m-tokenizers",
-        "cmd": " ".join(["python", *sys.argv]),
-        "env": environment(),
-    }
-    stability(about)
-    training(about)
-
-
-def keep(line: dict[str, Any], about: dict[str, Any]) -> None:
-    """Append a line at once: what was measured before an interruption stays."""
-    print(json.dumps(line), flush=True)
-    with RESULTS.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({**line, "status": "ok", **about}) + "\n")
+    lines = Lines("vocabulary-training", "kl3m-tokenizers")
+    stability(lines)
+    training(lines)
 
 
 if __name__ == "__main__":

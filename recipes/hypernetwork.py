@@ -19,6 +19,7 @@ import itertools
 import json
 import math
 import random
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +34,7 @@ from torch import Tensor
 from tokenmill import corpora, models
 from tokenmill.errors import UnsupportedError
 from tokenmill.text import DynamicBPE, DynamicInputs, HyperNetwork, MeanEmbedder
-from tokenmill.text._embedders import minilm_folder
+from tokenmill.text._embedders import mean_state
 
 ENCODER = "all-minilm-l6-v2"
 SHAPES: dict[str, dict[str, Any]] = {
@@ -56,10 +57,7 @@ STATE = "state.safetensors"
 def load(name: str) -> tuple[Any, Any]:
     """The model in float32, frozen, and its tokenizer."""
     if name == ENCODER:
-        from transformers import AutoModel
-
-        model: Any = AutoModel.from_pretrained(minilm_folder())
-        tokenizer = models.tokenizer(name)
+        model, tokenizer = models.encoder(name)
     else:
         model, tokenizer = models.load(name)
     return model.eval().requires_grad_(False), tokenizer
@@ -97,8 +95,7 @@ def draw(pool: dict[str, list[str]], rng: random.Random, size: int) -> list[str]
 
 def sentence(hidden: Tensor, mask: Tensor) -> Tensor:
     """(B, D) mean of the hidden states, of length 1: MiniLM's sentence embedding."""
-    weights = mask[..., None].to(hidden.dtype)
-    return F.normalize((hidden * weights).sum(1) / weights.sum(1), dim=-1)
+    return F.normalize(mean_state(hidden, mask), dim=-1)
 
 
 def by_token(hidden: Tensor, batch: Any, left: bool) -> Tensor:
@@ -250,7 +247,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=sorted(SHAPES), default=ENCODER)
     parser.add_argument("--minutes", type=float, default=20.0)
-    parser.add_argument("--rate", type=float, default=5e-4)
+    parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="a folder; without it the user's cache")
     parser.add_argument("--resume", action="store_true", help="go on from the state in --out")
@@ -269,7 +266,7 @@ def main() -> None:
     card = {
         "summary": f"Predicts embeddings of merged tokens for {args.model}.",
         "licence": LICENCES[args.model],
-        "command": f"python recipes/hypernetwork.py --model {args.model} --minutes {args.minutes:g}",
+        "command": " ".join(["python recipes/hypernetwork.py", *sys.argv[1:]]),
         "weights": sum(p.numel() for p in net.parameters()),
         "steps": steps,
         "seconds": round(seconds),

@@ -9,6 +9,8 @@ import torch
 
 from tokenmill import corpora, models
 from tokenmill.models._catalog import ASSETS
+from tokenmill.text import DynamicBPE, DynamicInputs, HyperNetwork, MeanEmbedder
+from tokenmill.text._embedders import mean_state
 
 PAIR = ("python-target", "python-draft")
 
@@ -54,3 +56,25 @@ def test_the_target_writes_python() -> None:
     inputs = tokenizer("class Reader:\n    def __init__(", return_tensors="pt")
     out = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert str(tokenizer.decode(out)).startswith("self")
+
+
+def test_the_shipped_network_keeps_minilm_close_where_a_fifth_is_saved() -> None:
+    model, tokenizer = models.encoder("all-minilm-l6-v2")
+    parts = [r.text[:400] for r in corpora.load("python-reference").split("test")][:32]
+    batch = DynamicBPE(tokenizer, boundary="word", target_reduction=0.45).merge(parts, max_length=128)
+    assert batch.cut >= 0.2
+    network = HyperNetwork.from_pretrained("all-minilm-l6-v2", model, tokenizer)
+    cosines = []
+    with torch.inference_mode():
+        plain = tokenizer.pad({"input_ids": batch.base_ids}, return_tensors="pt")
+        wanted = mean_state(model(**plain).last_hidden_state, plain["attention_mask"])
+        for embedder in (network, MeanEmbedder(model)):
+            given = DynamicInputs(model, embedder, positions="keep")(batch)
+            found = mean_state(model(**given).last_hidden_state, given["attention_mask"])
+            cosines.append(float(torch.cosine_similarity(found, wanted).mean()))
+    assert cosines[0] >= 0.97
+    assert cosines[0] > cosines[1] + 0.01
+    folder = ASSETS / "all-minilm-l6-v2-hypernetwork"
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 8e6
+    card = json.loads((folder / "card.json").read_text())
+    assert {"licence", "command", "seconds", "threads", "steps", "held_out"} <= set(card)

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModel
 
 from tests.text import vocabularies
 from tokenmill import models
@@ -22,7 +21,6 @@ from tokenmill.text import (
     LargeVocabulary,
     MeanEmbedder,
 )
-from tokenmill.text._embedders import minilm_folder
 from tokenmill.text._token_embedders import Rows, tables
 
 PROMPTS = ["def merge_tokens(batch, tokenizer):\n    return", "import os\nfor name in os.listdir(path):\n    if name"]
@@ -31,7 +29,7 @@ TEXTS = ["Überraschungsgäste kommen übermorgen", "tokenisation of hyperparame
 
 @cache
 def minilm() -> tuple[Any, Any]:
-    return AutoModel.from_pretrained(minilm_folder()).eval(), models.tokenizer("all-minilm-l6-v2")
+    return models.encoder()
 
 
 @cache

@@ -23,8 +23,8 @@ from tests.text.vocabularies import minilm, mistral
 from tokenmill import corpora
 from tokenmill import models as tm_models
 from tokenmill.errors import LimitError, MissingExtraError, UnsupportedError
+from tokenmill.models import _encoder
 from tokenmill.text import HashEmbedder, TextEmbedder, TokenAdapt, TokenBytes, transplant
-from tokenmill.text import _embedders as embedders
 from tokenmill.text._row_estimates import focus_mixture, global_mixture, local_mixture, sparsemax
 from tokenmill.text._row_mixture import RowMixture, bag_softmax
 from tokenmill.text._vocabulary_match import match_vocabularies, old_pieces
@@ -524,7 +524,7 @@ def test_models_and_tokenizers_that_do_not_fit_are_refused(monkeypatch: pytest.M
     layered.model.embed_tokens_per_layer = torch.nn.Embedding(300, 4)
     with pytest.raises(UnsupportedError, match="each layer"):
         transplant(layered, old, new, HASH)
-    monkeypatch.setattr(embedders.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(_encoder.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(MissingExtraError, match=r"tokenmill\[minilm\]"):
         TextEmbedder()(["x"])
 

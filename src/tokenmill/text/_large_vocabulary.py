@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -90,11 +91,9 @@ class LargeVocabulary:
         """The base tokens again."""
         return [i for token in tokens for i in self.pieces[token]]
 
-    @property
+    @cached_property
     def _longest(self) -> int:
-        if "_most" not in self.__dict__:
-            self.__dict__["_most"] = max(map(len, self.pieces), default=1)
-        return self.__dict__["_most"]
+        return max(map(len, self.pieces), default=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +130,9 @@ class LargeVocabHead:
         chunk: rows that are predicted at once (paper: 5,000).
         seed: of the index.
 
+    Attributes:
+        index: of faiss, whose ``nprobe`` or ``hnsw.efSearch`` may be set anew; None for exact.
+
     Raises:
         LimitError: a value outside its limit, or a vocabulary whose base is not the model's.
         MissingExtraError: faiss is needed and not installed.
@@ -152,7 +154,7 @@ class LargeVocabHead:
         if len(vocabulary) < base or any(vocabulary.pieces[i] != (i,) for i in (0, base // 2, base - 1)):
             raise LimitError("LargeVocabHead", "vocabulary", len(vocabulary), f"the model's {base:,} tokens first")
         self.input, self.output = self._rows(found.input, found.output, embedder, chunk)
-        self._index = None if search == "exact" else self._built(search, nlist, nprobe, ef, links, seed)
+        self.index = None if search == "exact" else self._built(search, nlist, nprobe, ef, links, seed)
 
     @torch.no_grad()
     def _rows(self, table: Tensor, out: Tensor | None, embedder: TokenEmbedder, chunk: int) -> tuple[Tensor, Tensor]:
@@ -206,11 +208,11 @@ class LargeVocabHead:
         if not 1 <= k <= len(self.vocabulary):
             raise LimitError("LargeVocabHead.candidates", "k", k, f"in [1, {len(self.vocabulary)}]")
         query = hidden.float()
-        if self._index is None:
+        if self.index is None:
             found = (query @ self.output.T).topk(k, dim=-1)
             return found.indices, found.values
         padded = torch.cat([query, query.new_zeros(len(query), 1)], dim=1).cpu().numpy()
-        tokens = torch.from_numpy(self._index.search(padded, k)[1]).to(query.device)  # (B, k)
+        tokens = torch.from_numpy(self.index.search(padded, k)[1]).to(query.device)  # (B, k)
         logits = torch.einsum("bd,bkd->bk", query, self.output[tokens.clamp(min=0)])
         logits = logits.masked_fill(tokens < 0, -torch.inf)
         order = logits.argsort(dim=-1, descending=True)

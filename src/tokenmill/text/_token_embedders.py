@@ -134,14 +134,14 @@ class CachedEmbedder:
             if token in self._place:
                 self._place.move_to_end(token)
         if missing:
-            self._keep(missing, needed)
+            self._keep(missing)
         if self._rows is None:
             return self.embedder.embed([])
         at = torch.tensor([self._place[token] for token in pieces], device=self._rows.input.device)
         output = self._rows.output
         return Rows(self._rows.input[at], None if output is None else output[at])
 
-    def _keep(self, missing: list[Token], needed: dict[Token, None]) -> None:
+    def _keep(self, missing: list[Token]) -> None:
         made = self.embedder.embed(missing)
         if self._rows is None:
             empty = [None if t is None else t.new_empty(self.capacity, t.shape[1]) for t in made]
@@ -149,9 +149,7 @@ class CachedEmbedder:
         free = list(range(len(self._place), min(len(self._place) + len(missing), self.capacity)))
         # What this batch needs was moved to the end, so the oldest rows are never among them.
         while len(free) < len(missing):
-            old, at = self._place.popitem(last=False)
-            assert old not in needed
-            free.append(at)
+            free.append(self._place.popitem(last=False)[1])
         for token, at in zip(missing, free, strict=True):
             self._place[token] = at
         places = torch.tensor(free, device=self._rows.input.device)

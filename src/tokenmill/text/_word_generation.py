@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -70,8 +69,7 @@ def score(model: WordPooledLM, segmenter: WordSegmenter, texts: Sequence[str], b
         part = texts[at : at + batch_size]
         rows = [segmenter.encode(text) for text in part]
         units, lengths, mask = (t.to(model.device) for t in padded_words(rows))
-        logits = model(units, lengths, mask).logits
-        assert logits is not None
+        logits = model(units, lengths, mask)["logits"]
         width = logits.shape[2] - 1
         targets = model.targets(units[:, :, :width].flatten(0, 1), lengths.flatten())  # (BT, c + 1)
         losses = F.cross_entropy(logits.flatten(0, 2).float(), targets.flatten(), reduction="none")
@@ -126,35 +124,50 @@ def generate(
     # A full last word is closed: nothing can be added to it.
     opened = [len(sizes) > 0 and int(sizes[-1]) < segmenter.c_max for _, sizes in encoded]
     closed = [(u[:-1], s[:-1]) if o else (u, s) for (u, s), o in zip(encoded, opened, strict=True)]
-    forced = [u[-1][: s[-1]].tolist() if o else [] for (u, s), o in zip(encoded, opened, strict=True)]
     units, lengths, mask = (t.to(device) for t in padded_words(closed, left=True))
     vectors = model.pool(units, lengths, mask) if units.shape[1] else model.start.new_zeros(len(prompts), 0, 1, 1)
     vectors, mask = _with_start(model, vectors, mask)
     cache = DynamicCache() if use_cache else None
     states, cache = model.read(vectors, mask, cache)
-    running = torch.ones(len(prompts), dtype=torch.bool, device=device)
-    written: list[list[tuple[list[int], int]]] = [[] for _ in prompts]
+    alive = torch.ones(len(prompts), dtype=torch.bool, device=device)
+    beginning, sizes = (t.to(device) for t in _beginnings(encoded, opened, segmenter.c_max))
+    none = torch.zeros_like(sizes)
+    written: list[tuple[list[list[int]], list[int], list[int]]] = []  # units, where new ones begin, where they end
     for step in range(max_new_words):
-        words = _word(model, states[:, -1], forced if step == 0 else [[] for _ in prompts], draw)
-        for row, word in enumerate(words):
-            if running[row]:
-                new = word[len(forced[row]) :] if step == 0 else word
-                written[row].append((new, len(new)))
-                if on_word is not None and new:
+        words, lengths = _word(model, states[:, -1], beginning, sizes if step == 0 else none, draw)
+        begun = (sizes if step == 0 else none).tolist()
+        written.append((words.tolist(), begun, torch.where(alive, lengths, 0).tolist()))
+        if on_word is not None:
+            for row, new in enumerate(_new(written[-1])):
+                if new:
                     on_word(row, segmenter.decode([new], [len(new)]))
-        running &= torch.tensor([bool(word) for word in words], device=device)  # a word of no units ends a text
-        if not running.any() or step == max_new_words - 1:
+        alive &= lengths > 0  # a word of no units ends a text
+        if not alive.any() or step == max_new_words - 1:
             break
-        rows = [(np.array([word + [0] * (model.config.c_max - len(word))]), np.array([len(word)])) for word in words]
-        own, sizes, one = (t.to(device) for t in padded_words(rows))
-        pooled = model.pool(own, sizes, one)
+        one = torch.ones_like(alive)[:, None]
+        pooled = model.pool(words[:, None], lengths[:, None], one)
         mask = torch.cat([mask, one], dim=1)
         if cache is None:
             vectors = torch.cat([vectors, pooled], dim=1)
             states, _ = model.read(vectors, mask)
         else:
             states, cache = model.read(pooled, mask, cache, mask[:, :-1].sum(1))
-    return [segmenter.decode([u for u, _ in row], [n for _, n in row]) for row in written]
+    rows = zip(*(_new(one) for one in written), strict=True)
+    return [segmenter.decode(row, [len(new) for new in row]) for row in rows]
+
+
+def _new(word: tuple[list[list[int]], list[int], list[int]]) -> list[list[int]]:
+    """The units of one word of each row that were not in the prompt."""
+    return [units[begin:end] for units, begin, end in zip(*word, strict=True)]
+
+
+def _beginnings(encoded: Sequence[tuple[Any, Any]], opened: Sequence[bool], c_max: int) -> tuple[Tensor, Tensor]:
+    """Units (N, c) and their number (N,) of the words that prompts leave open."""
+    units, sizes = torch.zeros(len(opened), c_max, dtype=torch.int64), torch.zeros(len(opened), dtype=torch.int64)
+    for row, ((own, lengths), is_open) in enumerate(zip(encoded, opened, strict=True)):
+        if is_open:
+            units[row], sizes[row] = torch.as_tensor(own[-1]), int(lengths[-1])
+    return units, sizes
 
 
 def _with_start(model: WordPooledLM, vectors: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,24 +183,19 @@ def _with_start(model: WordPooledLM, vectors: Tensor, mask: Tensor) -> tuple[Ten
     return wide, seen
 
 
-def _word(model: WordPooledLM, states: Tensor, forced: Sequence[Sequence[int]], draw: Draw) -> list[list[int]]:
-    """One word for each state (B, p, D): the forced units first, then drawn ones up to an end or `c_max`."""
+def _word(model: WordPooledLM, states: Tensor, beginning: Tensor, sizes: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
+    """Units (N, c) and lengths (N,) of one word for each state (N, p, D), drawn behind `sizes` given units."""
     p, c, end = model.config.num_prefix, model.config.c_max, model.config.unit_vocab_size
-    words: list[list[int]] = [[] for _ in forced]
-    done = [False] * len(forced)
+    units, lengths = torch.zeros_like(beginning), torch.zeros_like(sizes)
+    running = torch.ones_like(sizes, dtype=torch.bool)
     logits, cache = model.decode(states + model.out_position[:p], None)
     for place in range(c):
-        chosen = draw(logits[:, -1]).tolist()
-        for row, unit in enumerate(chosen):
-            if place < len(forced[row]):
-                unit = forced[row][place]
-            if not done[row]:
-                if unit == end:
-                    done[row] = True
-                else:
-                    words[row].append(int(unit))
-        if all(done) or place == c - 1:
+        chosen = torch.where(place < sizes, beginning[:, place], draw(logits[:, -1]))
+        running = running & (chosen != end)
+        units[:, place] = torch.where(running, chosen, 0)
+        lengths += running
+        if place == c - 1 or not running.any():
             break
-        fed = torch.tensor([word[-1] if len(word) == place + 1 else 0 for word in words], device=states.device)
-        logits, cache = model.decode(model.embedding(fed)[:, None] + model.out_position[p + place], cache)
-    return words
+        fed = model.embedding(units[:, place])[:, None] + model.out_position[p + place]
+        logits, cache = model.decode(fed, cache)
+    return units, lengths

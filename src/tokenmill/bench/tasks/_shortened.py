@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenmill.bench.task import Item, Outcome
+from tokenmill.text._embedders import mean_state
+from tokenmill.text._token_embedders import Rows
 
 
 @dataclass(slots=True)
@@ -30,11 +32,9 @@ class Encoding:
         """Embeddings of one batch, (B, D) float32, each of length 1."""
         before = (self.cache.hits, self.cache.misses) if self.cache is not None else (0, 0)
         given = self._given(item.content)
-        hidden = self.model(**given).last_hidden_state
-        mask = given["attention_mask"][..., None].to(hidden.dtype)
-        made = F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
-        tokens = float(given["attention_mask"].sum())
-        counts = {"tokens": tokens, "positions": float(mask.shape[0] * mask.shape[1]), "model_calls": 1.0}
+        mask = given["attention_mask"]
+        made = F.normalize(mean_state(self.model(**given).last_hidden_state, mask), dim=-1)
+        counts = {"tokens": float(mask.sum()), "positions": float(mask.numel()), "model_calls": 1.0}
         if self.cache is not None:
             counts |= {"hits": self.cache.hits - before[0], "misses": float(self.cache.misses - before[1])}
         return Outcome(made.numpy(), counts)
@@ -57,7 +57,6 @@ class LastPiece:
     def __init__(self, model: Any) -> None:
         self.weight = model.get_input_embeddings().weight
 
-    def embed(self, pieces: Sequence[tuple[int, ...]], /) -> Any:
-        from tokenmill.text._token_embedders import Rows
-
+    def embed(self, pieces: Sequence[tuple[int, ...]], /) -> Rows:
+        """Rows of these tokens."""
         return Rows(self.weight[torch.tensor([token[-1] for token in pieces])], None)

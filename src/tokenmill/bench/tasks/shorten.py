@@ -100,7 +100,7 @@ class Task:
 
     def settings(self) -> dict[str, Scalar]:
         """The options that tell two measurements of a method apart."""
-        return {k: getattr(self.options, k) for k in ("batch", "chars", "max_length", "cache", "positions")}
+        return {k: getattr(self.options, k) for k in ("network", "batch", "chars", "max_length", "cache", "positions")}
 
     def kinds(self) -> list[str]:
         return list(self._sources)
@@ -173,14 +173,9 @@ class Task:
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
-        from transformers import AutoModel
-
         from tokenmill import models
-        from tokenmill.text._embedders import minilm_folder
 
-        place = str(minilm_folder()) if self.options.model == _MINILM else self.options.model
-        tokenizer = models.tokenizer(self.options.model, where=_WHERE)
-        return AutoModel.from_pretrained(place).eval(), tokenizer
+        return models.encoder(self.options.model, where=_WHERE)
 
     @cached_property
     def _sources(self) -> dict[str, Source]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -12,6 +12,9 @@ from rich.markup import escape
 from tokenmill import models
 from tokenmill.cli._output import Json, console, print_json, print_table, quiet_loading
 from tokenmill.errors import LimitError
+
+if TYPE_CHECKING:
+    from tokenmill.text import DynamicBatch
 
 _WHERE = "run dynamic-tokenization"
 _MINILM = "all-minilm-l6-v2"
@@ -50,39 +53,49 @@ def command(
 
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
     bpe = DynamicBPE(tokenizer, boundary=boundary, max_merges=merges, target_reduction=reduction)  # type: ignore[arg-type]
-    compare = _Comparison(tokenizer) if cosine else None
+    compare = _Comparison() if cosine else None
     batches = [bpe.merge(lines[i : i + batch_size], max_length=512) for i in range(0, len(lines), batch_size)]
-    base = sum(batch.base_length for batch in batches)
-    length = sum(batch.length for batch in batches)
-    told: dict[str, Any] = {
-        "texts": len(lines),
-        "batches": len(batches),
-        "base_tokens": base,
-        "tokens": length,
-        "cut": 1 - length / base if base else 0.0,
-        "limit": sum(batch.limit for batch in batches),
-        "merges": sum(len(batch.merges) for batch in batches),
-        "first_merges": [[a.decode("utf-8", "replace"), b.decode("utf-8", "replace")] for a, b in batches[0].merges],
-    }
+    told = _counted(batches, len(lines))
     if compare is not None:
         told["cosine"] = compare.mean(batches)
     if as_json:
         print_json(told)
-        return
-    print_table(
-        ["texts", "batches", "tokens", "merged", "saved", "at most", "merges", *(["cosine"] if cosine else [])],
-        [
-            [
-                str(len(lines)), str(len(batches)), f"{base:,}", f"{length:,}", f"{told['cut']:.1%}",
-                f"{1 - told['limit'] / base if base else 0:.1%}", str(told["merges"]),
-                *([f"{told['cosine']:.3f}"] if cosine else []),
-            ]
-        ],
-    )  # fmt: skip
+    else:
+        _show(told, batches[0])
+
+
+def _counted(batches: list[DynamicBatch], texts: int) -> dict[str, Any]:
+    base, length = (sum(getattr(batch, name) for batch in batches) for name in ("base_length", "length"))
+    limit = sum(batch.limit for batch in batches)
+    return {
+        "texts": texts,
+        "batches": len(batches),
+        "base_tokens": base,
+        "tokens": length,
+        "cut": 1 - length / base,
+        "limit": limit,
+        "largest_cut": 1 - limit / base,
+        "merges": sum(len(batch.merges) for batch in batches),
+        "first_merges": [[_text(a), _text(b)] for a, b in batches[0].merges],
+    }
+
+
+def _show(told: dict[str, Any], first: DynamicBatch) -> None:
+    heads = ["texts", "batches", "tokens", "merged", "saved", "at most", "merges"]
+    row = [
+        str(told["texts"]), str(told["batches"]), f"{told['base_tokens']:,}", f"{told['tokens']:,}",
+        f"{told['cut']:.1%}", f"{told['largest_cut']:.1%}", str(told["merges"]),
+    ]  # fmt: skip
+    if "cosine" in told:
+        heads, row = [*heads, "cosine"], [*row, f"{told['cosine']:.3f}"]
+    print_table(heads, [row])
     shown = " ".join(f"[{a}+{b}]" for a, b in told["first_merges"][:_SHOWN])
     console().print(f"first merges: {escape(shown)}")
-    if batches[0].tokens:
-        console().print(escape("|".join(t.decode("utf-8", "replace") for t in batches[0].tokens[0][:60])))
+    console().print(escape("|".join(map(_text, first.tokens[0][:60]))))
+
+
+def _text(token: bytes) -> str:
+    return token.decode("utf-8", "replace")
 
 
 def _lines(file: Path) -> list[str]:
@@ -104,30 +117,26 @@ def _lines(file: Path) -> list[str]:
 class _Comparison:
     """MiniLM's embeddings of merged and ordinary tokens."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        from transformers import AutoModel
-
+    def __init__(self) -> None:
         from tokenmill.text import DynamicInputs, HyperNetwork
-        from tokenmill.text._embedders import minilm_folder
 
-        self.model, self.tokenizer = AutoModel.from_pretrained(minilm_folder()).eval(), tokenizer
-        network = HyperNetwork.from_pretrained(_MINILM, self.model, tokenizer)
+        self.model, self.tokenizer = models.encoder(_MINILM, where=_WHERE)
+        network = HyperNetwork.from_pretrained(_MINILM, self.model, self.tokenizer)
         self.inputs = DynamicInputs(self.model, network, positions="keep")
 
-    def mean(self, batches: list[Any]) -> float:
+    def mean(self, batches: list[DynamicBatch]) -> float:
+        """Cosine between the two embeddings of a text, over all texts."""
         import torch
+
+        from tokenmill.text._embedders import mean_state
 
         values: list[float] = []
         for batch in batches:
             plain = self.tokenizer.pad({"input_ids": batch.base_ids}, return_tensors="pt")
             with torch.inference_mode():
-                both = [self._embedding(plain), self._embedding(self.inputs(batch))]
-            values += (both[0] * both[1]).sum(-1).tolist()
+                one, two = (
+                    mean_state(self.model(**given).last_hidden_state, given["attention_mask"])
+                    for given in (plain, self.inputs(batch))
+                )
+            values += torch.cosine_similarity(one, two).tolist()
         return sum(values) / len(values)
-
-    def _embedding(self, given: Any) -> Any:
-        import torch
-
-        hidden = self.model(**given).last_hidden_state
-        mask = given["attention_mask"][..., None].to(hidden.dtype)
-        return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
