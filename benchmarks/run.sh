@@ -64,17 +64,27 @@ for part in ${*:-profile speed accepted spectr exactness toy constrain peer byte
     ;;
   tokenize)
     tokenmill bench tokenize --vocab-size 4096 --out runs/tokenize \
-      --methods plain,kl3m-tokenizers,vocabulary:path=bpe_openai/cl100k_base,vocabulary:path=bpe_openai/o200k_base
+      --data python-stdlib,python-reference,manual-pages:english+german \
+      --methods plain,kl3m-tokenizers,kl3m-tokenizers:custom_tokens=none,vocabulary:path=gpt2,vocabulary:path=bpe_openai/cl100k_base,vocabulary:path=bpe_openai/o200k_base,vocabulary:path=gemma-3-270m
     keep tokenize
     ;;
   transplant)
-    tokenmill bench transplant --methods random,mean,piece-mean,focus,tokenadapt:global_weight=0.0,tokenadapt \
-      --out runs/transplant
+    tokenmill bench transplant --targets domain,super,gpt2 --limit 8 --out runs/transplant \
+      --data python-stdlib,python-reference,manual-pages:german \
+      --methods random,mean,piece-mean,focus,tokenadapt:global_weight=0.0,tokenadapt
     keep transplant
+    for seed in 0 1 2; do
+      tokenmill bench transplant --dtype float32 --train-steps 100 --seed $seed --limit 8 --out runs/transplant-steps \
+        --methods random,piece-mean,tokenadapt
+    done
+    keep transplant-steps
     ;;
   guard)
     tokenmill bench guard --methods entropy,tokens-per-word,cpt-filtering,cpt-filtering:threshold=3.1 --out runs/guard
     keep guard
+    tokenmill bench guard --data python-reference,manual-pages --limit 300 --encodings reverse \
+      --methods cpt-filtering --out runs/guard-languages
+    keep guard-languages
     ;;
   stochastok) python benchmarks/stochastok_speed.py ;;
   vocabulary) python benchmarks/vocabulary_training.py ;;
