@@ -11,7 +11,7 @@ keep() { # the lines of a run become one results file
   cat "runs/$1/results.jsonl" >>"$RESULTS/$1.jsonl"
 }
 
-for part in ${*:-profile speed accepted spectr exactness toy constrain peer bytes complete ensemble tokenize transplant guard stochastok vocabulary shorten large}; do
+for part in ${*:-profile speed accepted spectr exactness toy constrain peer bytes complete ensemble tokenize transplant guard stochastok vocabulary shorten words large}; do
   case $part in
   profile) python benchmarks/forward_cost.py ;;
   speed)
@@ -93,6 +93,11 @@ for part in ${*:-profile speed accepted spectr exactness toy constrain peer byte
     tokenmill bench shorten --data python-reference,python-stdlib --limit 2 --repeats 1 --out runs/shorten \
       --methods truncate$level,last-piece$level,mean$level,dynamic-tokenization$level
     keep shorten
+    ;;
+  words)
+    pooled=learn-your-tokens:enc_layers=1:dec_layers=1
+    tokenmill bench words --methods byte,char,$pooled:num_prefix=1,$pooled:num_prefix=2 --out runs/words
+    keep words
     ;;
   large) python benchmarks/large_vocabulary.py ;;
   *)

@@ -326,6 +326,22 @@ def shorten() -> str:
     return table(head, rows) + provenance(lines("shorten"))
 
 
+def words() -> str:
+    """Bits per byte and next words at equal compute."""
+    found = lines("words")
+    rows = []
+    for line in found:
+        q = line["quality"]
+        names = ("next_word", *(f"next_word_{name}" for name in ("unseen", "rare", "some", "frequent")))
+        shown = [f"{q[name]:.1%}" if name in q else "" for name in names]
+        rows.append(
+            [line["data"]["kind"], f"`{label(line)}`", f"{line['cost']['steps']:.0f}", f"{q['bits_per_byte']:.3f}"]
+            + shown
+        )
+    head = ["texts", "method", "steps", "bits per byte", "next word", "unseen", "1 to 5", "6 to 50", "more"]
+    return table(head, rows) + provenance(found)
+
+
 def large_vocabulary() -> str:
     """Recall of the index, and its time beside the exact product."""
     found = lines("large-vocabulary")
@@ -340,7 +356,7 @@ def large_vocabulary() -> str:
 
 
 _ALL = (awrs_toy, constrain, awrs_peer, complete, ensemble, speed, short, profile, accepted, exactness, spectr, pair)
-_TEXT = (tokenize, transplant, guard, stochastok, shorten, large_vocabulary)
+_TEXT = (tokenize, transplant, guard, stochastok, shorten, words, large_vocabulary)
 TABLES: dict[str, Callable[[], str]] = {one.__name__: one for one in (*_ALL, *_TEXT)} | {"bytes": bytes_}
 
 

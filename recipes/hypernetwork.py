@@ -27,12 +27,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tokenmill import corpora, models
 from tokenmill.errors import UnsupportedError
+from tokenmill.models._state import load_state, save_state
 from tokenmill.text import DynamicBPE, DynamicInputs, HyperNetwork, MeanEmbedder
 from tokenmill.text._embedders import mean_state
 
@@ -162,7 +161,7 @@ def train(name: str, net: HyperNetwork, model: Any, tokenizer: Any, out: Path, a
     pool = texts("train", CHARS[encoder])
     spent, step = 0.0, 0
     if args.resume and (out / STATE).is_file():
-        spent, step = restored(out / STATE, net, optimizer)
+        spent, step = load_state(out / STATE, net, optimizer)
     rng = random.Random(f"{args.seed} {step}")
     began, last, mean = time.monotonic() - spent, time.monotonic(), 0.0
     while (done := (time.monotonic() - began) / (60 * args.minutes)) < 1:
@@ -183,34 +182,8 @@ def train(name: str, net: HyperNetwork, model: Any, tokenizer: Any, out: Path, a
             print(f"step {step}  {done:.0%}  loss {mean:.4f}", flush=True)
         if time.monotonic() - last > SAVE_SECONDS:
             last = time.monotonic()
-            keep(out, net, optimizer, last - began, step)
+            save_state(out / STATE, net, optimizer, seconds=last - began, step=step)
     return step
-
-
-def keep(out: Path, net: HyperNetwork, optimizer: torch.optim.AdamW, seconds: float, step: int) -> None:
-    """Everything that going on needs, whole or not at all."""
-    out.mkdir(parents=True, exist_ok=True)
-    found = {f"net.{name}": tensor for name, tensor in net.state_dict().items()}
-    for number, values in optimizer.state_dict()["state"].items():
-        found |= {f"optimizer.{number}.{name}": tensor for name, tensor in values.items()}
-    half = out / f"{STATE}.tmp"
-    save_file(found, half, metadata={"seconds": str(seconds), "step": str(step)})
-    half.replace(out / STATE)
-
-
-def restored(path: Path, net: HyperNetwork, optimizer: torch.optim.AdamW) -> tuple[float, int]:
-    """Seconds and steps that were done; network and optimiser go on from there."""
-    tensors = load_file(path)
-    net.load_state_dict({name[4:]: tensor for name, tensor in tensors.items() if name.startswith("net.")})
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            _, number, part = name.split(".")
-            state.setdefault(int(number), {})[part] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    with safe_open(path, "pt") as file:
-        about = file.metadata()
-    return float(about["seconds"]), int(about["step"])
 
 
 @torch.no_grad()

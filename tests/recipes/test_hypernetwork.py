@@ -43,26 +43,6 @@ def test_it_learns_saves_and_tells(recipe: Any, tmp_path: Path, monkeypatch: pyt
     ]
 
 
-def test_it_goes_on_where_it_was_stopped(recipe: Any, tmp_path: Path) -> None:
-    model, tokenizer = minilm()
-    made = []
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        net = drawn(model, tokenizer)
-        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
-        made.append((net, optimizer))
-    (net, optimizer), (other, again) = made
-    torch.stack([p.square().sum() for p in net.parameters()]).sum().backward()
-    optimizer.step()
-    recipe.keep(tmp_path, net, optimizer, 12.5, 7)
-    assert recipe.restored(tmp_path / recipe.STATE, other, again) == (12.5, 7)
-    for a, b in zip(net.parameters(), other.parameters(), strict=True):
-        assert torch.equal(a, b)
-    left, right = optimizer.state_dict()["state"], again.state_dict()["state"]
-    assert all(torch.equal(left[i]["exp_avg"], right[i]["exp_avg"]) for i in left)
-    assert left.keys() == right.keys()
-
-
 def test_teachers_states_are_means_over_pieces_and_decoders_have_a_loss(recipe: Any) -> None:
     model, tokenizer = decoder()
     bpe = DynamicBPE(tokenizer, target_reduction=0.7, per_example=True)

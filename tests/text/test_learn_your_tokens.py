@@ -19,7 +19,7 @@ from transformers import AutoConfig, BertConfig, GPT2Config, LlamaConfig, Qwen2C
 
 from tests.text import vocabularies
 from tokenmill.errors import LimitError, UnsupportedError
-from tokenmill.text._learn_your_tokens import LearnYourTokens, WordPooledConfig, WordPooledLM, WordSegmenter
+from tokenmill.text import LearnYourTokens, WordPooledConfig, WordPooledLM, WordSegmenter
 from tokenmill.text._word_generation import padded_words
 from tokenmill.text.kl3m_tokenizers import small as toy
 
@@ -58,6 +58,7 @@ def words(texts: list[str], c: int = 6) -> Any:
     return padded_words([WordSegmenter(c_max=c).encode(text) for text in texts])
 
 
+@pytest.mark.prop("learn-your-tokens", 1)
 @settings(max_examples=300, deadline=None)
 @given(st.text(), st.integers(1, 9))
 def test_any_text_comes_back(text: str, c: int) -> None:
@@ -70,6 +71,7 @@ def test_any_text_comes_back(text: str, c: int) -> None:
         assert int(one.bytes_of(units)[np.arange(c) < lengths[:, None]].sum()) == len(text.encode())
 
 
+@pytest.mark.prop("learn-your-tokens", 1)
 def test_texts_in_many_scripts_come_back_from_every_base() -> None:
     bases = (
         WordSegmenter(),
@@ -92,6 +94,7 @@ def test_blanks_go_with_the_next_word_and_long_words_go_on() -> None:
     assert bytes(units[2, :2].tolist()) == b"ij"
 
 
+@pytest.mark.prop("learn-your-tokens", 2)
 @pytest.mark.parametrize("backbone", list(BACKBONES))
 def test_no_unit_is_seen_before_it_is_predicted(backbone: str) -> None:
     model = made(backbone)
@@ -109,6 +112,7 @@ def test_no_unit_is_seen_before_it_is_predicted(backbone: str) -> None:
                 assert not torch.allclose(after[0, t + 1, 0], before[0, t + 1, 0], atol=1e-5)
 
 
+@pytest.mark.prop("learn-your-tokens", 3)
 @pytest.mark.parametrize("backbone", list(BACKBONES))
 def test_padding_changes_nothing(backbone: str) -> None:
     model = made(backbone)
@@ -132,6 +136,7 @@ def test_padding_changes_nothing(backbone: str) -> None:
         assert torch.allclose(narrow[0, :, :2], model(own, sizes).logits[0, :, :2], atol=1e-6)
 
 
+@pytest.mark.prop("learn-your-tokens", 4)
 @pytest.mark.parametrize("backbone", list(BACKBONES))
 def test_scores_are_the_sums_of_steps_with_caches(backbone: str) -> None:
     from transformers import DynamicCache
@@ -161,6 +166,7 @@ def test_scores_are_the_sums_of_steps_with_caches(backbone: str) -> None:
             mask = torch.ones(1, t + 2, dtype=torch.bool)
 
 
+@pytest.mark.prop("learn-your-tokens", 5)
 def test_all_words_together_have_probability_one() -> None:
     torch.manual_seed(0)
     config = WordPooledConfig(copy.deepcopy(BACKBONES["llama"]), unit_vocab_size=3, num_prefix=1, c_max=3)
@@ -186,6 +192,7 @@ def test_all_words_together_have_probability_one() -> None:
     assert 0.05 < forced < 0.95
 
 
+@pytest.mark.prop("learn-your-tokens", 6)
 def test_words_of_one_unit_are_a_plain_causal_model_over_units() -> None:
     model = made("llama", p=1, c=1)
     units = torch.tensor([[[7], [3], [250], [7]]])
@@ -203,6 +210,7 @@ def test_words_of_one_unit_are_a_plain_causal_model_over_units() -> None:
         assert torch.allclose(found, model.head(model.norm(x))[:, 0], atol=1e-5)
 
 
+@pytest.mark.prop("learn-your-tokens", 7)
 @pytest.mark.parametrize("backbone", list(BACKBONES))
 def test_writing_with_and_without_a_cache_alone_and_in_a_batch(backbone: str) -> None:
     model = made(backbone)
@@ -221,6 +229,7 @@ def test_writing_with_and_without_a_cache_alone_and_in_a_batch(backbone: str) ->
     assert seen == [(1, 2 * 4)]  # p vectors a word, the last word is only predicted and the start stands in for it
 
 
+@pytest.mark.prop("learn-your-tokens", 8)
 def test_nothing_given_is_changed_and_twice_is_the_same() -> None:
     model = made()
     units, lengths, mask = words(["the quick brown fox", "a b"])
@@ -233,6 +242,7 @@ def test_nothing_given_is_changed_and_twice_is_the_same() -> None:
         assert torch.equal(now, then)
 
 
+@pytest.mark.prop("learn-your-tokens", 9)
 def test_bits_by_byte_are_the_same_by_unit_and_by_word() -> None:
     model = made()
     text = "naïve words, 日本 extraordinary"
@@ -249,6 +259,7 @@ def test_bits_by_byte_are_the_same_by_unit_and_by_word() -> None:
     assert count == len(text.encode()) + int((lengths < 6).sum())
 
 
+@pytest.mark.prop("learn-your-tokens", 10)
 def test_every_part_gets_a_gradient() -> None:
     for block_size in (None, 16):
         config = WordPooledConfig(copy.deepcopy(BACKBONES["llama"]), num_prefix=2, c_max=6, block_size=block_size)

@@ -1,9 +1,10 @@
-"""What the subcommands share when they print."""
+"""What the subcommands share when they read a text, print, or write a folder."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tokenmill.catalog import Card
+from tokenmill.errors import LimitError
 
 Json = Annotated[bool, typer.Option("--json", help="Print data instead of a table.")]
 Slug = Annotated[str, typer.Argument(metavar="SLUG", help="The method, as `tokenmill list` names it.")]
@@ -45,6 +47,26 @@ def quiet_loading() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+
+
+def read_text(where: str, file: Path) -> str:
+    """A user's text from a file, or from standard input for "-".
+
+    Raises:
+        LimitError: no such file, one that is not UTF-8, or nothing but blanks in it.
+    """
+    if str(file) == "-":
+        text = sys.stdin.read()
+    elif file.is_file():
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise LimitError(where, "file", str(file), "a text in UTF-8") from error
+    else:
+        raise LimitError(where, "file", str(file), "a file, or - for standard input")
+    if not text.strip():
+        raise LimitError(where, "file", str(file), "a text that is not empty")
+    return text
 
 
 def write_folder(out: Path, fill: Callable[[Path], None]) -> None:

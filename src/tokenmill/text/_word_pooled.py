@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -182,7 +182,7 @@ class WordPooledLM(PreTrainedModel):
         vectors = self.pool(units[:, :-1], lengths[:, :-1], mask[:, :-1])  # (B, T - 1, p, D)
         first = self.start.expand(len(units), 1, -1, -1)
         states, _ = self.read(torch.cat([first, vectors], dim=1), mask)  # (B, T, p, D)
-        logits = self.write(states[mask], units[mask])  # (words, c + 1, V + 1)
+        logits = self.write(states[mask], units[mask], lengths[mask])  # (words, c + 1, V + 1)
         shown = logits.new_zeros(*mask.shape, *logits.shape[1:]).masked_scatter(mask[..., None, None], logits)
         loss = None
         if labels is not None:
@@ -248,10 +248,12 @@ class WordPooledLM(PreTrainedModel):
         p = self.config.num_prefix
         own, sizes = units[mask], lengths[mask]  # (N, c), (N,)
         cls = torch.arange(p, device=units.device) + self.config.unit_vocab_size
-        x = self.embedding(torch.cat([cls.expand(len(own), p), own], dim=1))
-        x = F.dropout(x + self.in_position[: x.shape[1]], self.config.unit_dropout, self.training)
-        hidden = torch.arange(x.shape[1], device=units.device) >= p + sizes[:, None]  # the CLS are always seen
-        found = self.encoder(x, src_key_padding_mask=hidden)[:, :p] if len(own) else x[:, :p]
+        found = self.start.new_zeros(len(own), *self.start.shape)
+        for rows, width in self.by_length(sizes):
+            x = self.embedding(torch.cat([cls.expand(len(rows), p), own[rows, :width]], dim=1))
+            x = F.dropout(x + self.in_position[: x.shape[1]], self.config.unit_dropout, self.training)
+            hidden = torch.arange(x.shape[1], device=units.device) >= p + sizes[rows, None]  # the CLS are always seen
+            found = found.index_copy(0, rows, self.encoder(x, src_key_padding_mask=hidden)[:, :p].to(found.dtype))
         return found.new_zeros(*mask.shape, *found.shape[1:]).masked_scatter(mask[..., None, None], found)
 
     def read(self, vectors: Tensor, mask: Tensor, cache: Any = None, seen: Tensor | None = None) -> tuple[Tensor, Any]:
@@ -285,11 +287,33 @@ class WordPooledLM(PreTrainedModel):
         )  # fmt: skip
         return made.last_hidden_state.view(b, t, p, dim), made.past_key_values
 
-    def write(self, states: Tensor, units: Tensor) -> Tensor:
-        """Logits (N, c + 1, V + 1) of the units of N words, each from its state (N, p, D) and the units before."""
-        p = self.config.num_prefix
-        canvas = torch.cat([states, self.embedding(units)], dim=1) + self.out_position[: p + units.shape[1]]
-        return self.decode(canvas, None)[0][:, p - 1 :]
+    def write(self, states: Tensor, units: Tensor, lengths: Tensor) -> Tensor:
+        """Logits (N, c + 1, V + 1) of the units of N words, each from its state (N, p, D) and the units before.
+
+        What lies behind a word's end is zero or means nothing.
+        """
+        p, c = self.config.num_prefix, units.shape[1]
+        found = states.new_zeros(len(states), c + 1, self.config.unit_vocab_size + 1)
+        for rows, width in self.by_length(lengths):
+            canvas = torch.cat([states[rows], self.embedding(units[rows, :width])], dim=1)
+            logits = self.decode(canvas + self.out_position[: p + width], None)[0][:, p - 1 :]
+            found = found.index_copy(0, rows, F.pad(logits, (0, 0, 0, c - width)).to(found.dtype))
+        return found
+
+    def by_length(self, lengths: Tensor) -> Iterator[tuple[Tensor, int]]:
+        """(rows, width) of words of like length: most words are short, and padding all to the longest would cost most.
+
+        Args:
+            lengths: (N,).
+        """
+        longest = int(lengths.max()) if len(lengths) else -1
+        above = -1
+        for width in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, longest):
+            width = min(width, longest)
+            rows = ((lengths > above) & (lengths <= width)).nonzero()[:, 0]
+            if len(rows):
+                yield rows, width
+            above = max(above, width)
 
     def decode(self, canvas: Tensor, cache: UnitCache | None) -> tuple[Tensor, UnitCache]:
         """Logits (N, L, V + 1) of a canvas (N, L, D) behind what is in the cache."""

@@ -89,6 +89,14 @@ class WordSegmenter:
         rows[np.arange(self.c_max) < lengths[:, None]] = units
         return rows, lengths
 
+    def flat(self, text: str) -> Ints:
+        """All units of a text in a row, without words."""
+        return self._units(text)[0]
+
+    def bytes(self, unit: int) -> bytes:
+        """What one unit stands for."""
+        return self._table[unit]
+
     def decode(self, units: Sequence[Any] | Ints, lengths: Sequence[int] | Ints) -> str:
         """The text of rows of units; bytes that are no UTF-8, as a model may write, become U+FFFD.
 

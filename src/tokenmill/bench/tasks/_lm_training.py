@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -101,23 +101,27 @@ class Windows:
         return stream[: len(stream) // step * step].reshape(-1, step)
 
 
-def train(model: Any, batches: Iterator[Any], steps: int, rate: float) -> float:
-    """Next-token prediction with AdamW, warm-up for a tenth of the steps, then a cosine; mean loss of the last tenth.
+def next_token_loss(model: Any, batch: Any) -> Tensor:
+    """Of ids (B, T), or of ids and labels with -100 where there is no loss."""
+    ids, labels = batch if isinstance(batch, tuple) else (batch, batch)
+    logits = model(ids[:, :-1], use_cache=False).logits
+    return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=_IGNORED)
 
-    A batch is ids (B, T), or ids and labels with -100 where there is no loss.
-    """
+
+def train(
+    model: Any, batches: Iterator[Any], steps: int, rate: float, loss_of: Callable[[Any, Any], Tensor] = next_token_loss
+) -> float:
+    """Train with AdamW, warm-up for a tenth of the steps, then a cosine; mean loss of the last tenth."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.1)
     warm = max(1, steps // 10)
     model.train()
     losses = []
     for step in range(steps):
         batch = next(batches)
-        ids, labels = batch if isinstance(batch, tuple) else (batch, batch)
         share = min(1.0, (step + 1) / warm) * (0.1 + 0.45 * (1 + math.cos(math.pi * step / steps)))
         for group in optimizer.param_groups:
             group["lr"] = rate * share
-        logits = model(ids[:, :-1], use_cache=False).logits
-        loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=_IGNORED)
+        loss = loss_of(model, batch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

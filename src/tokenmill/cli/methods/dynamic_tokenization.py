@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +9,7 @@ import typer
 from rich.markup import escape
 
 from tokenmill import models
-from tokenmill.cli._output import Json, console, print_json, print_table, quiet_loading
+from tokenmill.cli._output import Json, console, print_json, print_table, quiet_loading, read_text
 from tokenmill.errors import LimitError
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ def command(
     """
     from tokenmill.text import DynamicBPE
 
-    lines = _lines(file)
+    lines = [line for line in read_text(_WHERE, file).splitlines() if line.strip()]
     if cosine and model != _MINILM:
         raise LimitError(_WHERE, "model", model, f"{_MINILM} with --cosine")
     quiet_loading()
@@ -96,22 +95,6 @@ def _show(told: dict[str, Any], first: DynamicBatch) -> None:
 
 def _text(token: bytes) -> str:
     return token.decode("utf-8", "replace")
-
-
-def _lines(file: Path) -> list[str]:
-    if str(file) == "-":
-        text = sys.stdin.read()
-    elif file.is_file():
-        try:
-            text = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise LimitError(_WHERE, "file", str(file), "a text in UTF-8") from error
-    else:
-        raise LimitError(_WHERE, "file", str(file), "a file, or - for standard input")
-    lines = [line for line in text.splitlines() if line.strip()]
-    if not lines:
-        raise LimitError(_WHERE, "file", str(file), "a text that is not empty")
-    return lines
 
 
 class _Comparison:
