@@ -334,10 +334,8 @@ def words() -> str:
         q = line["quality"]
         names = ("next_word", *(f"next_word_{name}" for name in ("unseen", "rare", "some", "frequent")))
         shown = [f"{q[name]:.1%}" if name in q else "" for name in names]
-        rows.append(
-            [line["data"]["kind"], f"`{label(line)}`", f"{line['cost']['steps']:.0f}", f"{q['bits_per_byte']:.3f}"]
-            + shown
-        )
+        first = [line["data"]["kind"], f"`{label(line)}`", f"{line['cost']['steps']:.0f}"]
+        rows.append([*first, f"{q['bits_per_byte']:.3f}", *shown])
     head = ["texts", "method", "steps", "bits per byte", "next word", "unseen", "1 to 5", "6 to 50", "more"]
     return table(head, rows) + provenance(found)
 

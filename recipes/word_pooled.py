@@ -17,6 +17,7 @@ import random
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlamaConfig
@@ -28,7 +29,7 @@ from tokenmill.text._word_generation import padded_words
 
 CONTEXT, BATCH = 1024, 8  # bytes of a piece, pieces of a step
 METHOD = LearnYourTokens(num_prefix=1, enc_layers=1, dec_layers=1, dec_heads=4, dropout=0.0)
-BACKBONE = {
+BACKBONE: dict[str, Any] = {
     "hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 6, "num_key_value_heads": 6,
     "intermediate_size": 512, "max_position_embeddings": 2048,
 }  # fmt: skip

@@ -49,7 +49,8 @@ def test_flops_are_those_that_torch_counts() -> None:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    for subject, causal in ((byte_lm(), True), (pooled(), False), (pooled(2), False)):
+    subjects: list[tuple[Any, bool]] = [(byte_lm(), True), (pooled(), False), (pooled(2), False)]
+    for subject, causal in subjects:
         batch = subject.batch([PIECE, PIECE[:40]])
         subject.model.train()  # without gradients torch runs an encoder layer as one operation that it does not count
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
