@@ -49,7 +49,7 @@ def training(lines: Lines) -> None:
             for _ in range(REPEATS):
                 took["bare"].append(seconds(lambda n=size: bare(str(file), n)))
                 took["ours"].append(
-                    seconds(lambda n=size: train_domain_bpe(files=[file], vocab_size=n, custom_tokens="none"))
+                    seconds(lambda n=size: train_domain_bpe(files=[file], vocab_size=n, custom_tokens="empty"))
                 )
             ratio = median(ours / plain for ours, plain in zip(took["ours"], took["bare"], strict=True))
             megabytes = file.stat().st_size / 1e6
@@ -60,7 +60,7 @@ def stability(lines: Lines) -> None:
     corpus = corpora.load("python-reference")
     train = [record.text for record in corpus.split("train")]
     held_out = [record.text[:CHARS] for record in corpus.split("test")]
-    domain: dict[str, Any] = {"custom_tokens": "none", "short": "fill"}
+    domain: dict[str, Any] = {"custom_tokens": "empty", "short": "fill"}
     made = {
         "char 4,096, 3 symbols": train_char_bpe(train, 4096, 3, short="fill"),
         "char 4,096, 4 symbols": train_char_bpe(train, 4096, 4, short="fill"),

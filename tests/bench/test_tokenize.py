@@ -32,3 +32,15 @@ def test_bad_requests() -> None:
         Task(Options(domain="law")).check(MethodSpec("plain"))
     with pytest.raises(LimitError, match="limit"):
         Options(limit=0)
+
+
+def test_custom_tokens_can_be_left_out_by_a_spec() -> None:
+    task = Task(Options(vocab_size=2500, train_chars=60_000, limit=1))
+    found = {}
+    for written in ("kl3m-tokenizers:short=fill", "kl3m-tokenizers:short=fill:custom_tokens=empty"):
+        spec = task.check(MethodSpec.parse(written))
+        made = task._tokenizer(spec)
+        found[written[-5:]] = len(made.get_added_vocab())
+    assert found["empty"] < 200 < found["=fill"]
+    with pytest.raises(LimitError, match="custom_tokens"):
+        task.check(MethodSpec.parse("kl3m-tokenizers:custom_tokens=some"))

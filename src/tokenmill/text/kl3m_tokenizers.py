@@ -84,7 +84,7 @@ def train_domain_bpe(
     files: Sequence[str | Path] = (),
     normalization: bpe.Normalization = "nfkc",
     lowercase: bool = False,
-    custom_tokens: CustomTokens | Literal["none"] | None = None,
+    custom_tokens: CustomTokens | Literal["empty"] | None = None,
     special_tokens: Sequence[str] = KL3M_SPECIALS,
     pad_to_power_of_two: bool = True,
     min_frequency: int = 1,
@@ -101,7 +101,7 @@ def train_domain_bpe(
         files: paths of text or JSON lines with "text" (``.jsonl``, ``.jsonl.gz``); ``"path:0.1"`` reads a tenth.
         normalization: Unicode form, "none" for none.
         lowercase: an uncased vocabulary.
-        custom_tokens: strings of the field; None for the defaults of `CustomTokens`, "none" for no such tokens.
+        custom_tokens: strings of the field; None for the defaults of `CustomTokens`, "empty" for no such tokens.
         special_tokens: at ids 0..n-1.
         pad_to_power_of_two: fill with whitespace runs up to the next power of two; one that is met stays.
         min_frequency: of a pair, to be merged; the paper's runs used 1.
@@ -117,9 +117,9 @@ def train_domain_bpe(
     normalizer = _check(where, normalization, lowercase, special_tokens, min_frequency, short)
     if max_token_length is not None and max_token_length < 1:
         raise LimitError(where, "max_token_length", max_token_length, "at least 1, or None")
-    if isinstance(custom_tokens, str) and custom_tokens != "none":
-        raise LimitError(where, "custom_tokens", custom_tokens, 'a CustomTokens, "none", or None for the defaults')
-    chosen = CustomTokens.only() if custom_tokens == "none" else custom_tokens
+    if isinstance(custom_tokens, str) and custom_tokens != "empty":
+        raise LimitError(where, "custom_tokens", custom_tokens, 'a CustomTokens, "empty", or None for the defaults')
+    chosen = CustomTokens.only() if custom_tokens == "empty" else custom_tokens
     added = (chosen if chosen is not None else CustomTokens()).added(normalizer)
     added = [token for token in added if token.content not in special_tokens]
     bpe.require_room(where, vocab_size, len(special_tokens), len(added))

@@ -214,7 +214,7 @@ class _Training:
         from tokenmill.text import train_domain_bpe
 
         size = self.task.options.vocab_size
-        return train_domain_bpe(self.train, size, custom_tokens="none", normalization="none", short="fill")
+        return train_domain_bpe(self.train, size, custom_tokens="empty", normalization="none", short="fill")
 
     @cached_property
     def _subwords(self) -> Any:
