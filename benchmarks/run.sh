@@ -63,7 +63,7 @@ for part in ${*:-profile speed accepted spectr exactness toy constrain peer byte
     keep ensemble
     ;;
   tokenize)
-    tokenmill bench tokenize --vocab-size 4096 --out runs/tokenize \
+    tokenmill bench tokenize --vocab-size 4096 --train-chars 0 --limit 200 --out runs/tokenize \
       --data python-stdlib,python-reference,manual-pages:english+german \
       --methods plain,kl3m-tokenizers,kl3m-tokenizers:custom_tokens=empty,vocabulary:path=gpt2,vocabulary:path=bpe_openai/cl100k_base,vocabulary:path=bpe_openai/o200k_base,vocabulary:path=gemma-3-270m
     keep tokenize
