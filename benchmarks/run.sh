@@ -74,7 +74,7 @@ for part in ${*:-profile speed accepted spectr exactness toy constrain peer byte
       --methods random,mean,piece-mean,focus,tokenadapt:global_weight=0.0,tokenadapt
     keep transplant
     for seed in 0 1 2; do
-      tokenmill bench transplant --dtype float32 --train-steps 100 --seed $seed --limit 8 --out runs/transplant-steps \
+      tokenmill bench transplant --dtype float32 --train-steps 100 --train-rate 2e-4 --seed $seed --limit 8 --out runs/transplant-steps \
         --methods random,piece-mean,tokenadapt
     done
     keep transplant-steps

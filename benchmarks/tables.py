@@ -326,6 +326,60 @@ def shorten() -> str:
     return table(head, rows) + provenance(lines("shorten"))
 
 
+def vocabulary_training() -> str:
+    """Boundaries under noise, and the time of a training beside the bare trainer's."""
+    found = lines("vocabulary-training")
+    noise = [
+        [
+            f"`{line['vocabulary']}`",
+            f"{line['jaccard']:.3f}",
+            f"{line['edits_per_error']:.2f}",
+            f"{line['length_ratio']:.3f}",
+        ]
+        for line in found
+        if line["what"] == "noise"
+    ]
+    times = [
+        [f"{line['vocab_size']:,}", f"{line['megabytes']:.1f} MB", f"{line['ratio']:.2f}x"]
+        for line in found
+        if line["what"] == "time"
+    ]
+    first = table(["vocabulary", "Jaccard of boundaries", "changed tokens an error", "length"], noise)
+    return first + "\n" + table(["vocabulary", "file", "time to the bare trainer's"], times) + provenance(found)
+
+
+def guard_languages() -> str:
+    """Clean texts of each language that are flagged, with thresholds by language."""
+    found = [line for line in lines("guard-languages") if line["method"] == "cpt-filtering"]
+    rows = []
+    for line in found:
+        kind, q = line["data"]["kind"], line["quality"]
+        if "false_positives" in q:
+            rows.append([kind, str(line["n"]), f"{q['false_positives']:.1%}"])
+        else:
+            rows.append([kind, str(line["n"]), f"{q['hit_rate']:.1%}, AUROC {q['auroc']:.4f}"])
+    return table(["texts", "n", "flagged"], rows) + provenance(found)
+
+
+def transplant_steps() -> str:
+    """Bits a byte after some steps on the rows alone, by seed."""
+    found = lines("transplant-steps")
+    kinds = list(dict.fromkeys(line["data"]["kind"] for line in found))
+    seeds = sorted({line["seed"] for line in found})
+    rows = []
+    for name in dict.fromkeys(label(line) for line in found):
+        own = {
+            (line["data"]["kind"], line["seed"]): line["quality"]["bits_per_byte"]
+            for line in found
+            if label(line) == name
+        }
+        for kind in kinds:
+            values = [own[kind, seed] for seed in seeds if (kind, seed) in own]
+            shown = [f"{value:.3f}" for value in values]
+            rows.append([f"`{name}`", kind, *shown, f"{sum(values) / len(values):.3f}"])
+    return table(["rows", "texts", *(f"seed {seed}" for seed in seeds), "mean"], rows) + provenance(found)
+
+
 def words() -> str:
     """Bits per byte and next words at equal compute."""
     found = lines("words")
@@ -355,7 +409,8 @@ def large_vocabulary() -> str:
 
 _ALL = (awrs_toy, constrain, awrs_peer, complete, ensemble, speed, short, profile, accepted, exactness, spectr, pair)
 _TEXT = (tokenize, transplant, guard, stochastok, shorten, words, large_vocabulary)
-TABLES: dict[str, Callable[[], str]] = {one.__name__: one for one in (*_ALL, *_TEXT)} | {"bytes": bytes_}
+_MORE = (vocabulary_training, guard_languages, transplant_steps)
+TABLES: dict[str, Callable[[], str]] = {one.__name__: one for one in (*_ALL, *_TEXT, *_MORE)} | {"bytes": bytes_}
 
 
 def main() -> int:
