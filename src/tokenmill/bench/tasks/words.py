@@ -46,7 +46,7 @@ class Options:
     """
 
     data: str = "python-stdlib,python-reference"
-    gigaflops: int = 12_000
+    gigaflops: int = 6_000
     width: int = 128
     layers: int = 8
     context: int = 512
