@@ -68,6 +68,16 @@ def test_without_merges_the_output_is_bit_identical() -> None:
             assert torch.equal(tiny(**given).logits, plain)
 
 
+def test_kept_positions_are_those_of_first_pieces() -> None:
+    model, tokenizer = minilm()
+    batch = DynamicBPE(tokenizer, target_reduction=1.0).merge(TEXTS)
+    given = DynamicInputs(model, MeanEmbedder(model), positions="keep")(batch)
+    for row, tokens in enumerate(batch.pieces):
+        wanted = [sum(len(token) for token in tokens[:i]) for i in range(len(tokens))]
+        assert given["position_ids"][row, : len(tokens)].tolist() == wanted
+    assert max(len(token) for row in batch.pieces for token in row) > 2
+
+
 def test_merged_rows_are_scaled_as_the_model_scales_its_own() -> None:
     tiny = models.tiny("gemma3", vocab=2048)
     assert tables(tiny).scale == pytest.approx(tiny.config.get_text_config().hidden_size ** 0.5, rel=1e-3)
@@ -91,7 +101,8 @@ def test_mean_of_one_piece_is_its_row_and_networks_see_no_padding_and_no_neighbo
     alone = net.embed([(5, 77)]).input
     assert not torch.allclose(alone, mean.embed([(5, 77)]).input, atol=1e-3)
     assert torch.allclose(net.embed([(5, 77), (1, 2, 3, 4, 5)]).input[:1], alone, atol=1e-5)
-    assert not torch.allclose(net.embed([(77, 5)]).input, alone, atol=1e-4)  # the order of pieces counts
+    # The order of pieces counts, also of those behind the first.
+    assert not torch.allclose(net.embed([(5, 77, 9)]).input, net.embed([(5, 9, 77)]).input, atol=1e-5)
     cached = CachedEmbedder(net, 3)
     for tokens in ([(5, 77), (8, 9)], [(5, 77)], [(1, 2), (3, 4), (5, 77)], [(8, 9)]):
         assert torch.allclose(cached.embed(tokens).input, net.embed(tokens).input, atol=1e-5)
@@ -166,6 +177,8 @@ def test_all_candidates_are_the_full_softmax_and_the_best_is_that_of_brute_force
     # Rows of very different length: the nearest by angle is often not the one with the highest logit.
     angles = (hidden @ torch.nn.functional.normalize(head.output, dim=-1).T).argmax(-1)
     assert (angles != wanted.argmax(-1)).any()
+    rows = large(2100, "hnsw")[1].index.reconstruct_n(0, 2048)  # all of one length: nearness is the inner product
+    assert torch.from_numpy(rows).norm(dim=1).std() < 1e-3 * head.output.norm(dim=1).std()
     for search, more in (("ivf", {"nlist": 8, "nprobe": 8}), ("hnsw", {"ef": 2048})):
         head = large(2100, search, **more)[1]
         tokens, logits = head.candidates(hidden, 20)

@@ -20,6 +20,7 @@ from transformers import AutoConfig, BertConfig, GPT2Config, LlamaConfig, Qwen2C
 from tests.text import vocabularies
 from tokenmill.errors import LimitError, UnsupportedError
 from tokenmill.text import LearnYourTokens, WordPooledConfig, WordPooledLM, WordSegmenter
+from tokenmill.text import _word_generation as generation
 from tokenmill.text._word_generation import padded_words
 from tokenmill.text.kl3m_tokenizers import small as toy
 
@@ -121,7 +122,7 @@ def test_padding_changes_nothing(backbone: str) -> None:
     with torch.inference_mode():
         together = model(units, lengths, mask).logits
         noisy = units.clone()
-        noisy[torch.arange(6) >= lengths[..., None]] = 99  # what lies behind a word's end is not read
+        noisy[torch.arange(6) >= lengths[..., None]] = 999  # what lies behind a word's end is not read
         assert torch.equal(model(noisy, lengths, mask).logits, together)
         for row, text in enumerate(texts):
             own, sizes, _ = words([text])
@@ -288,6 +289,7 @@ def test_it_learns_and_round_trips(tmp_path: Path) -> None:
     model.eval()
     assert model.score([text])[0].bits_per_byte < 0.7
     assert model.generate(["one two th"], max_new_words=3) == ["ree four five"]
+    assert model.generate(["one two fi"], max_new_words=1) == ["ve"]  # no likely word, but it was begun
     seen: list[tuple[int, str]] = []
     model.generate(["one two th"], max_new_words=3, on_word=lambda row, word: seen.append((row, word)))
     assert seen == [(0, "ree"), (0, " four"), (0, " five")]
@@ -313,6 +315,17 @@ def test_an_empty_word_ends_a_text_and_full_words_go_on() -> None:
         model.norm.bias.copy_(bias)
     assert len(model.segmenter.encode("ab" + found)[0]) >= 1
     assert len(found.encode()) >= 2 + 4 + 4 - 2  # the forced word up to c_max, and two full ones
+
+
+def test_an_ended_text_stays_ended_while_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = made()
+    script = iter([[1, 1], [0, 1], [1, 1], [1, 1]])
+
+    def word(_: Any, states: torch.Tensor, *more: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.full((len(states), 6), 97), torch.tensor(next(script))
+
+    monkeypatch.setattr(generation, "_word", word)
+    assert model.generate(["", ""], max_new_words=4) == ["a", "aaaa"]
 
 
 def test_sampling_is_seeded_and_follows_the_temperature() -> None:
