@@ -96,7 +96,7 @@ for part in ${*:-profile speed accepted spectr exactness toy constrain peer byte
     ;;
   words)
     pooled=learn-your-tokens:enc_layers=1:dec_layers=1
-    tokenmill bench words --methods byte,char,$pooled:num_prefix=1,$pooled:num_prefix=2 --out runs/words
+    tokenmill bench words --limit 1 --methods byte,char,$pooled:num_prefix=1,$pooled:num_prefix=2 --out runs/words
     keep words
     ;;
   large) python benchmarks/large_vocabulary.py ;;
