@@ -11,7 +11,7 @@ keep() { # the lines of a run become one results file
   cat "runs/$1/results.jsonl" >>"$RESULTS/$1.jsonl"
 }
 
-for part in ${*:-profile speed accepted spectr exactness toy constrain peer bytes complete ensemble tokenize transplant guard stochastok vocabulary shorten words large}; do
+for part in ${*:-profile speed accepted spectr exactness toy constrain peer bytes complete ensemble tokenize transplant guard stochastok lm vocabulary supertokens guard-speed shorten words large}; do
   case $part in
   profile) python benchmarks/forward_cost.py ;;
   speed)
@@ -87,6 +87,12 @@ for part in ${*:-profile speed accepted spectr exactness toy constrain peer byte
     keep guard-languages
     ;;
   stochastok) python benchmarks/stochastok_speed.py ;;
+  lm)
+    tokenmill bench lm --data python-reference --steps 1500 --limit 3 --methods stochastok:p=0.1 --out runs/lm
+    keep lm
+    ;;
+  supertokens) python benchmarks/supertokens.py ;;
+  guard-speed) python benchmarks/guard_speed.py ;;
   vocabulary) python benchmarks/vocabulary_training.py ;;
   shorten)
     level=:boundary=word:target_reduction=0.45
@@ -101,7 +107,7 @@ for part in ${*:-profile speed accepted spectr exactness toy constrain peer byte
     ;;
   large) python benchmarks/large_vocabulary.py ;;
   *)
-    echo "unknown part $part: profile, speed, accepted, spectr, exactness, toy, constrain, peer, bytes, complete, ensemble, tokenize, transplant, guard, stochastok" >&2
+    echo "unknown part $part: profile, speed, accepted, spectr, exactness, toy, constrain, peer, bytes, complete, ensemble, tokenize, transplant, guard, stochastok, lm, vocabulary, supertokens, guard-speed, shorten, words, large" >&2
     exit 2
     ;;
   esac

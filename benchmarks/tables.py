@@ -407,9 +407,45 @@ def large_vocabulary() -> str:
     return table(head, rows) + provenance(found)
 
 
+def guard_speed() -> str:
+    """Megabytes a second of the filter and of the encoding, by vocabulary."""
+    found = lines("guard-speed")
+    ways = ("encode_batch_fast", "encode_batch", "filter", "filter with windows")
+    rows = []
+    for line in found:
+        rate, over = line["mb_a_second"], line["overhead"]
+        shown = [f"{over[f'{way} over encode_batch_fast']:+.1%}" for way in ways[2:]]
+        rows.append([f"`{line['vocabulary']}`", *(f"{rate[way]:.1f}" for way in ways), *shown])
+    head = ["vocabulary", *(f"{way}, MB/s" for way in ways), "filter over fast", "with windows over fast"]
+    return table(head, rows) + provenance(found)
+
+
+def supertokens() -> str:
+    """Tokens that supertokens need fewer than other vocabularies, by kind of text."""
+    found = lines("supertokens")
+    rows = [
+        [line["kind"], f"{line['chars']:,}", *(f"{value:+.1%}" for value in line["fewer"].values())] for line in found
+    ]
+    head = ["held-out texts", "characters", *(f"fewer than `{name}`" for name in (found[0]["fewer"] if found else ()))]
+    return table(head, rows) + provenance(found)
+
+
+def lm() -> str:
+    """A model trained on a method's tokens beside its twin, by seed."""
+    found = lines("lm")
+    names = ("bits_per_byte", "langgame", "first_letter", "last_letter", "length_r2")
+    rows = []
+    for line in found:
+        q = line["quality"]
+        kinds = [f"{name.removeprefix('langgame_')} {q[name]:.2f}" for name in q if name.startswith("langgame_")]
+        rows.append([f"`{label(line)}`", *(f"{q[name]:.3f}" for name in names), ", ".join(kinds)])
+    titles = ("bits per byte", "questions", "first letter", "last letter", "length, R²", "by kind of question")
+    return table(["tokens", *titles], rows) + provenance(found)
+
+
 _ALL = (awrs_toy, constrain, awrs_peer, complete, ensemble, speed, short, profile, accepted, exactness, spectr, pair)
 _TEXT = (tokenize, transplant, guard, stochastok, shorten, words, large_vocabulary)
-_MORE = (vocabulary_training, guard_languages, transplant_steps)
+_MORE = (vocabulary_training, guard_languages, transplant_steps, guard_speed, supertokens, lm)
 TABLES: dict[str, Callable[[], str]] = {one.__name__: one for one in (*_ALL, *_TEXT, *_MORE)} | {"bytes": bytes_}
 
 

@@ -1,4 +1,4 @@
-"""Text tokens: train a tokenizer, put it under a model, vary how training text is cut, and find hidden prompts.
+"""Text tokens: all six methods of the family on the source of the standard library, one after another.
 
 python examples/text.py     # about a minute
 """
@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import codecs
 
+from transformers import LlamaConfig
+
 import tokenmill as tm
+
+SMALL = LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128)
 
 
 def main() -> None:
@@ -40,6 +44,18 @@ def main() -> None:
     ):
         verdict = guard.flag(text)
         print(f"  {verdict.flagged!s:5}  {verdict.cpt:.2f} characters a token  {text}")
+
+    print("Fewer tokens for an encoder, by merges of this batch alone:")
+    lines = [line for line in held_out.splitlines() if line.strip()][:16]
+    batch = tm.text.DynamicBPE(old).merge(lines)
+    print(f"  {batch.cut:.0%} fewer: " + " | ".join(token.decode() for token in batch.tokens[0][1:]))
+
+    print("A model that reads words and writes their bytes (here untrained):")
+    words = tm.text.LearnYourTokens(num_prefix=1, dec_heads=4)
+    segments = words.segmenter().words(lines[0])
+    print("  " + " | ".join(segments))
+    pooled = words.model(words.segmenter(), SMALL)
+    print(f"  {pooled.eval().score(lines[:2])[0].bits_per_byte:.2f} bits per byte")
 
 
 if __name__ == "__main__":

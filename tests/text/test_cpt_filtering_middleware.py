@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
+import socket
+import threading
 from typing import Any
 
 import pytest
+import uvicorn
 
 from tests.text import vocabularies
 from tokenmill.errors import LimitError
@@ -205,3 +209,34 @@ def test_bad_settings_are_refused() -> None:
         CPTMiddleware(App(), FILTER, max_bytes=0)
     with pytest.raises(LimitError, match="at least one role"):
         CPTMiddleware(App(), FILTER, roles=())
+
+
+def test_a_real_server_answers_400_with_the_worst_span_and_lets_the_rest_through() -> None:
+    async def endpoint(scope: Any, receive: Any, send: Any) -> None:
+        body = (await receive())["body"]
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": body})
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(CPTMiddleware(endpoint, FILTER), lifespan="off", log_level="error", ws="none")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+    thread.start()
+    try:
+
+        def post(body: Any) -> tuple[int, Any]:
+            link = http.client.HTTPConnection(*listener.getsockname(), timeout=30)
+            link.request("POST", "/v1/chat/completions", json.dumps(body), {"content-type": "application/json"})
+            answer = link.getresponse()
+            return answer.status, json.loads(answer.read())
+
+        assert post(chat(CLEAN)) == (200, chat(CLEAN))
+        status, answer = post(chat(CLEAN, SECRET))
+        worst = answer["error"]["worst_span"]
+        assert (status, answer["error"]["code"]) == (400, "obfuscated_prompt")
+        assert worst["message"] == 1
+        assert SECRET[worst["start"] : worst["end"]].startswith(worst["text"])
+    finally:
+        server.should_exit = True
+        thread.join(30)
+    assert not thread.is_alive()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -294,3 +295,16 @@ def test_bpe_dropout() -> None:
         bpe_dropout(cl100k())
     with pytest.raises(LimitError, match="dropout"):
         bpe_dropout(tokenizer, 1.5)
+
+
+def test_a_data_set_is_mapped_and_does_not_depend_on_the_batches() -> None:
+    rows = {"input_ids": [[3, 3, 2, 1] * 5, [2, 3], [3] * 9], "kind": ["a", "b", "c"]}
+    how = StochasTok(TABLE, p=1.0, seed=3)
+    made: list[Any] = [
+        datasets.Dataset.from_dict(rows).map(how.columns, batched=True, with_indices=True, batch_size=size).to_dict()
+        for size in (1, 2, 3)
+    ]
+    assert made[0] == made[1] == made[2]
+    assert made[0]["kind"] == ["a", "b", "c"]
+    assert sum(map(len, made[0]["input_ids"])) > 31
+    assert made[0]["input_ids"] == [ids.tolist() for ids in how.expand_batch(rows["input_ids"]).input_ids]
