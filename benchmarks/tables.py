@@ -443,9 +443,50 @@ def lm() -> str:
     return table(["tokens", *titles], rows) + provenance(found)
 
 
+def hypernetworks() -> str:
+    """What trained networks save and keep on held-out texts, beside the mean of pieces."""
+    cards = [line["card"] for line in lines("recipe-cards") if line["method"] == "dynamic-tokenization"]
+    rows = []
+    for card in cards:
+        for place, q in card["held_out"].items():
+            texts, boundary, level = place.split(", ")
+            if level in ("0.5", "1"):
+                shown = [f"{q['cut']:.1%}", f"{q['network']:.3f}", f"{q['mean']:.3f}"]
+                model = card["summary"].split(" for ")[-1].rstrip(".")
+                rows.append([f"`{model}`", texts, boundary, level, *shown])
+    head = ["model", "held-out texts", "boundary", "target_reduction", "tokens saved", "network", "mean of pieces"]
+    runs = [f"{card['steps']:,} steps, {card['seconds'] / 60:.0f} minutes:\n\n    {card['command']}" for card in cards]
+    return table(head, rows) + "\n" + "\n\n".join(runs) + "\n"
+
+
+def word_pooled() -> str:
+    """What the recipe of a word-pooled model reached."""
+    cards = [line["card"] for line in lines("recipe-cards") if line["method"] == "learn-your-tokens"]
+    rows = [
+        [
+            f"{card['weights'] / 1e6:.1f} M",
+            f"{card['steps']:,}",
+            f"{card['seconds'] / 60:.0f}",
+            f"{card['held_out_bits_per_byte']:.3f}",
+        ]
+        for card in cards
+    ]
+    runs = "\n".join(f"    {card['command']}" for card in cards)
+    return table(["weights", "steps", "minutes", "held-out bits per byte"], rows) + f"\n{runs}\n"
+
+
 _ALL = (awrs_toy, constrain, awrs_peer, complete, ensemble, speed, short, profile, accepted, exactness, spectr, pair)
 _TEXT = (tokenize, transplant, guard, stochastok, shorten, words, large_vocabulary)
-_MORE = (vocabulary_training, guard_languages, transplant_steps, guard_speed, supertokens, lm)
+_MORE = (
+    vocabulary_training,
+    guard_languages,
+    transplant_steps,
+    guard_speed,
+    supertokens,
+    lm,
+    hypernetworks,
+    word_pooled,
+)
 TABLES: dict[str, Callable[[], str]] = {one.__name__: one for one in (*_ALL, *_TEXT, *_MORE)} | {"bytes": bytes_}
 
 
