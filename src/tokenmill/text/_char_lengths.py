@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
+from itertools import chain, compress
 from typing import Any
 
 import numpy as np
@@ -215,10 +215,16 @@ def _by_table(
     raw = np.fromiter((len(t) if t.isascii() else len(t.encode()) for t in texts), dtype=np.int64, count=len(texts))
     over = np.diff(ends) - raw  # (B,) bytes of tokens beyond the text's
     exact = (over == 0) | ((over == prefix) & (raw > 0))
-    joined = "".join(texts)
-    if joined.isascii() and not over.any():
-        return sizes.astype(np.int64), exact
     counts = np.diff(offsets)
+    hard = np.fromiter((not t.isascii() for t in texts), dtype=np.bool_, count=len(texts)) | (over != 0)
+    if not hard.all():  # the tokens' bytes are the characters of most texts
+        found = sizes.astype(np.int64)
+        if hard.any():
+            theirs = np.repeat(hard, counts)
+            some = list(compress(texts, hard.tolist()))
+            found[theirs], exact[hard] = _by_table(some, sizes[theirs], _starts(counts[hard]), prefix)
+        return found, exact
+    joined = "".join(texts)
     begin = _starts(raw)
     owner = np.repeat(np.arange(len(texts)), counts)  # (M,)
     inside = np.clip(total[1:] - ends[owner] - over[owner], 0, raw[owner])

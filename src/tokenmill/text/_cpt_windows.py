@@ -99,13 +99,9 @@ class TokenBatch:
         return found
 
     @cached_property
-    def _counts(self) -> scripts.ScriptCounts:
-        return scripts.ScriptCounts("".join(self.texts))
-
-    @cached_property
     def script(self) -> NDArray[np.uint8]:
         """(B,) uint8: the script class of each text."""
-        return self._counts.classes(self.starts[:-1], self.starts[1:])
+        return scripts.text_classes(self.texts)
 
     @cached_property
     def _last(self) -> NDArray[np.int64]:
@@ -120,9 +116,13 @@ class TokenBatch:
 
     def classes(self, starts: NDArray[np.int64], window: int) -> NDArray[np.uint8]:
         """The script classes of windows that begin at these tokens."""
-        # Texts that no token came out of have characters and no place among `ends`.
-        shift = (self.starts[:-1] - self.ends[self.offsets[:-1]])[self.owners(starts)]
-        return self._counts.classes(self.ends[starts] + shift, self.ends[starts + window] + shift)
+        owners = self.owners(starts)
+        which, place = np.unique(owners, return_inverse=True)
+        counts = scripts.ScriptCounts("".join(self.texts[i] for i in which.tolist()))
+        # Few texts have such windows: theirs alone are joined, and each window is found from its text's beginning.
+        begin = np.cumsum(self.chars[which]) - self.chars[which]
+        shift = begin[place] - self.ends[self.offsets[owners]]
+        return counts.classes(self.ends[starts] + shift, self.ends[starts + window] + shift)
 
     def owners(self, starts: NDArray[np.int64]) -> NDArray[np.int64]:
         """The texts that these tokens belong to."""

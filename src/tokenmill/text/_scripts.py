@@ -36,6 +36,7 @@ _KANA_SHARE = 0.1
 _SIGN, _SKIP = STRUCTURED, STRUCTURED + 1
 WIDTH = _SKIP + 1
 """How many codes there are."""
+_TOGETHER = 256  # texts that are counted at once: the arrays of short texts stay in the cache
 _PATTERNS = {name: rf"\p{{Script={name}}}+" for name in SCRIPTS[:_OTHER]} | {
     "japanese": r"[\p{Script=Hiragana}\p{Script=Katakana}\u30fc\uff70]+"
 }
@@ -101,8 +102,15 @@ class ScriptCounts:
 
 def text_classes(texts: Sequence[str]) -> NDArray[np.uint8]:
     """(B,) uint8: the class of each text. One without letters or signs is "latin", as "" is."""
-    ends = np.cumsum([0, *map(len, texts)])
-    return ScriptCounts("".join(texts)).classes(ends[:-1], ends[1:])
+    found = np.zeros((len(texts), WIDTH), dtype=np.int64)
+    for first in range(0, len(texts), _TOGETHER):
+        part = texts[first : first + _TOGETHER]
+        sizes = np.fromiter(map(len, part), dtype=np.int64, count=len(part))
+        keys = np.repeat(np.arange(len(part), dtype=np.int32) * WIDTH, sizes)
+        keys += codes("".join(part))
+        counts = np.bincount(keys, minlength=len(part) * WIDTH)
+        found[first : first + _TOGETHER] = counts.reshape(len(part), WIDTH)
+    return classes(found)
 
 
 def script(text: str) -> str:
