@@ -105,7 +105,10 @@ for part in ${*:-profile speed accepted spectr exactness toy constrain peer byte
     tokenmill bench words --limit 1 --methods byte,char,$pooled:num_prefix=1,$pooled:num_prefix=2 --out runs/words
     keep words
     ;;
-  large) python benchmarks/large_vocabulary.py ;;
+  large)
+    python benchmarks/large_vocabulary.py
+    python benchmarks/large_vocabulary.py --search ivf
+    ;;
   *)
     echo "unknown part $part: profile, speed, accepted, spectr, exactness, toy, constrain, peer, bytes, complete, ensemble, tokenize, transplant, guard, stochastok, lm, vocabulary, supertokens, guard-speed, shorten, words, large" >&2
     exit 2

@@ -402,21 +402,23 @@ def large_vocabulary() -> str:
         if line["what"] == "search":
             ms, shown = line["ms"], [f"{line['recall_1']:.1%}", f"{line['recall_20']:.1%}"]
             times = [f"{ms['index']:.1f} ms", f"{ms['exact']:.1f} ms", f"{line['faster']:.1f}x"]
-            rows.append([f"{line['nprobe']} of {line['cells']}", *shown, *times])
-    head = ["cells searched", "recall@1", "recall@20", "index", "exact product", "faster"]
+            rows.append([line["index"], f"{line['setting']}={line['value']:,}", *shown, *times])
+    head = ["search", "setting", "recall@1", "recall@20", "index", "exact product", "faster"]
     return table(head, rows) + provenance(found)
 
 
 def guard_speed() -> str:
     """Megabytes a second of the filter and of the encoding, by vocabulary."""
     found = lines("guard-speed")
-    ways = ("encode_batch_fast", "encode_batch", "filter", "filter with windows")
+    ways = ("encode_batch", "encode_batch_fast", "filter", "filter with windows")
     rows = []
     for line in found:
         rate, over = line["mb_a_second"], line["overhead"]
-        shown = [f"{over[f'{way} over encode_batch_fast']:+.1%}" for way in ways[2:]]
-        rows.append([f"`{line['vocabulary']}`", *(f"{rate[way]:.1f}" for way in ways), *shown])
-    head = ["vocabulary", *(f"{way}, MB/s" for way in ways), "filter over fast", "with windows over fast"]
+        names = [f"{way} over {base}" for base in ways[:2] for way in ways[2:]]
+        shown = [f"{over[name]:+.1%}" if name in over else "" for name in names]
+        rows.append([f"`{line['vocabulary']}`", *(f"{rate[way]:.1f}" if way in rate else "" for way in ways), *shown])
+    head = ["vocabulary", *(f"{way}, MB/s" for way in ways), "filter over batch", "with windows"]
+    head += ["filter over fast", "with windows"]
     return table(head, rows) + provenance(found)
 
 

@@ -179,7 +179,7 @@ def test_all_candidates_are_the_full_softmax_and_the_best_is_that_of_brute_force
     assert (angles != wanted.argmax(-1)).any()
     rows = large(2100, "hnsw")[1].index.reconstruct_n(0, 2048)  # all of one length: nearness is the inner product
     assert torch.from_numpy(rows).norm(dim=1).std() < 1e-3 * head.output.norm(dim=1).std()
-    for search, more in (("ivf", {"nlist": 8, "nprobe": 8}), ("hnsw", {"ef": 2048})):
+    for search, more in (("pq", {"depth": 300}), ("ivf", {"nlist": 8, "nprobe": 8}), ("hnsw", {"ef": 2048})):
         head = large(2100, search, **more)[1]
         tokens, logits = head.candidates(hidden, 20)
         assert tokens[:, 0].tolist() == wanted.argmax(-1).tolist()

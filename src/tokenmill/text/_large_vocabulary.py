@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,8 +19,10 @@ from tokenmill.text._token_embedders import TokenEmbedder, tables
 if TYPE_CHECKING:
     from tokenmill.text.dynamic_tokenization import DynamicBPE
 
-Search = Literal["exact", "ivf", "hnsw"]
+Search = Literal["exact", "pq", "ivf", "hnsw"]
 _LARGEST = 1_000_000
+_TRAINED = 60_000  # rows that the steps of "pq" are learnt from
+_SHARD = 10_000  # rows below which a part of their own does not pay
 
 
 @dataclass(frozen=True)
@@ -114,15 +117,17 @@ class LargeOutput:
 class LargeVocabHead:
     """Rows of a large vocabulary, and the search for those with the largest inner product with a hidden state.
 
-    Inner products become distances on a sphere when each row e gets the coordinate sqrt(M^2 - |e|^2) and a query 0:
-    then the nearest row is the one with the highest logit (the paper's index compares cosines, whose best may be
-    another).
+    "pq" reads every row as one of sixteen steps in each dimension (four bits), a part of the rows on each thread, and
+    scores the best `depth` exactly. For the cells and the graph inner products become distances on a sphere when each
+    row e gets the coordinate sqrt(M^2 - |e|^2) and a query 0: then the nearest row is the one with the highest logit (the paper's index compares cosines, whose best may be
+    another). Hidden states lie far from most rows, so that cells find the best one seldom: see the measurements.
 
     Args:
         model: a causal language model of transformers; nothing in it is changed.
         vocabulary: its base tokens must be the model's rows.
         embedder: predicts the rows of joined tokens.
-        search: exact; or faiss: ivf (cells), hnsw (a graph). Both need the extra ``text``.
+        search: exact; or faiss: pq (four bits a dimension), ivf (cells), hnsw (a graph), which need the extra ``text``.
+        depth: rows that pq finds and that are scored exactly.
         nlist: cells of ivf; None for four times the root of the vocabulary.
         nprobe: cells that are searched.
         ef: width of the search in hnsw.
@@ -139,16 +144,24 @@ class LargeVocabHead:
     """
 
     def __init__(
-        self, model: Any, vocabulary: LargeVocabulary, embedder: TokenEmbedder, *, search: Search = "ivf",
+        self, model: Any, vocabulary: LargeVocabulary, embedder: TokenEmbedder, *, search: Search = "pq",
+        depth: int = 8192,
         nlist: int | None = None, nprobe: int = 128, ef: int = 256, links: int = 32, chunk: int = 5000, seed: int = 0,
     ) -> None:  # fmt: skip
-        if search not in ("exact", "ivf", "hnsw"):
-            raise unknown_name("LargeVocabHead", "search", str(search), ("exact", "ivf", "hnsw"))
-        given = {"nlist": 1 if nlist is None else nlist, "nprobe": nprobe, "ef": ef, "links": links, "chunk": chunk}
+        if search not in ("exact", "pq", "ivf", "hnsw"):
+            raise unknown_name("LargeVocabHead", "search", str(search), ("exact", "pq", "ivf", "hnsw"))
+        given = {
+            "nlist": 1 if nlist is None else nlist,
+            "nprobe": nprobe,
+            "ef": ef,
+            "links": links,
+            "chunk": chunk,
+            "depth": depth,
+        }
         for name, value in given.items():
             if value < 1:
                 raise LimitError("LargeVocabHead", name, value, "at least 1")
-        self.model, self.vocabulary, self.search = model, vocabulary, search
+        self.model, self.vocabulary, self.search, self.depth = model, vocabulary, search, depth
         found = tables(model)
         self.scale, base = found.scale, found.input.shape[0]
         if len(vocabulary) < base or any(vocabulary.pieces[i] != (i,) for i in (0, base // 2, base - 1)):
@@ -177,6 +190,8 @@ class LargeVocabHead:
         except ImportError as error:
             raise MissingExtraError("LargeVocabHead", "faiss-cpu", "text") from error
         rows = self.output.cpu()
+        if search == "pq":
+            return _quantised(faiss, rows.numpy(), seed)
         norms = rows.square().sum(1)
         last = (norms.max() - norms).clamp(min=0).sqrt()
         data = torch.cat([rows, last[:, None]], dim=1).numpy()  # (V, D + 1), all of one length
@@ -211,12 +226,16 @@ class LargeVocabHead:
         if self.index is None:
             found = (query @ self.output.T).topk(k, dim=-1)
             return found.indices, found.values
-        padded = torch.cat([query, query.new_zeros(len(query), 1)], dim=1).cpu().numpy()
-        tokens = torch.from_numpy(self.index.search(padded, k)[1]).to(query.device)  # (B, k)
-        logits = torch.einsum("bd,bkd->bk", query, self.output[tokens.clamp(min=0)])
-        logits = logits.masked_fill(tokens < 0, -torch.inf)
-        order = logits.argsort(dim=-1, descending=True)
-        return tokens.clamp(min=0).gather(1, order), logits.gather(1, order)
+        if self.search == "pq":
+            asked, size = query, min(max(k, self.depth), len(self.vocabulary))
+        else:
+            asked, size = torch.cat([query, query.new_zeros(len(query), 1)], dim=1), k
+        tokens = torch.from_numpy(self.index.search(asked.cpu().numpy(), size)[1]).to(query.device)  # (B, size)
+        logits = query.new_full(tokens.shape, -torch.inf)
+        for row, (own, one) in enumerate(zip(tokens, query, strict=True)):  # all of a batch would be copied at once
+            logits[row] = (self.output[own.clamp(min=0)] @ one).masked_fill(own < 0, -torch.inf)
+        best = logits.topk(k, dim=-1)
+        return tokens.clamp(min=0).gather(1, best.indices), best.values
 
     @torch.no_grad()
     def generate(
@@ -279,6 +298,23 @@ class LargeVocabHead:
                 )
         found = [[t for t in row if t >= 0] for row in torch.stack(written, 1).tolist()]
         return LargeOutput(found, [self.vocabulary.decode(row) for row in found], steps)
+
+
+def _quantised(faiss: Any, rows: Any, seed: int) -> Any:
+    """Rows (V, D) float32 in four bits a dimension, a part of them for each thread."""
+    n, width = rows.shape
+    first = faiss.IndexPQFastScan(width, width, 4, faiss.METRIC_INNER_PRODUCT)
+    first.pq.cp.seed = seed
+    some = np.random.default_rng(seed).choice(n, min(n, _TRAINED), replace=False)
+    first.train(rows[some])
+    shards = faiss.IndexShards(width, True, True)
+    shards.own_indices = True
+    for part in np.array_split(rows, max(1, min(torch.get_num_threads(), n // _SHARD))):
+        one = faiss.clone_index(first)
+        one.add(np.ascontiguousarray(part))
+        one.this.disown()
+        shards.add_shard(one)
+    return shards
 
 
 def _chosen(
