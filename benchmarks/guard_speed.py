@@ -3,8 +3,9 @@
 python benchmarks/guard_speed.py     # some minutes on two cores
 
 Texts are parts of held-out manual pages and source files. For each vocabulary these take turns: the tokenizer's
-`encode_batch` and `encode_batch_fast` (tiktoken: `encode_ordinary_batch`), and `CPTFilter.decide` with calibrated thresholds, without windows and with the
-three default ones. Overhead is the median over the rounds of the filter's time by that of the encoding beside it.
+`encode_batch` and `encode_batch_fast` (tiktoken: `encode_ordinary_batch`), and `CPTFilter.decide` with calibrated
+thresholds, without windows and with the three default ones. Overhead is the median over the rounds of the filter's time
+by that of the encoding beside it.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ python benchmarks/large_vocabulary.py     # a quarter of an hour on two cores, 1
 The vocabulary is Gemma's own and, behind it, the runs of up to three words that save most tokens in Python's source and
 in the manual pages; their rows come from the trained network where the user's cache has it, else they are means of
 pieces. Queries are last hidden states of held-out texts. For each setting of the index: the share of queries
-whose first token is the exact one (recall@1), the share of the exact twenty that it finds, and the time of one query at a time, in
-turn with the exact product, medians. `--search ivf` measures cells instead of rows in four bits.
+whose first token is the exact one (recall@1), the share of the exact twenty that it finds, and the time of one query at
+a time, in turn with the exact product, medians. `--search ivf` measures cells instead of rows in four bits.
 """
 
 from __future__ import annotations

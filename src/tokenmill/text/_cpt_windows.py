@@ -118,7 +118,7 @@ class TokenBatch:
         """The script classes of windows that begin at these tokens."""
         owners = self.owners(starts)
         which, place = np.unique(owners, return_inverse=True)
-        counts = scripts.ScriptCounts("".join(self.texts[i] for i in which.tolist()))
+        counts = scripts.ScriptCounts("".join([self.texts[i] for i in map(int, which)]))
         # Few texts have such windows: theirs alone are joined, and each window is found from its text's beginning.
         begin = np.cumsum(self.chars[which]) - self.chars[which]
         shift = begin[place] - self.ends[self.offsets[owners]]

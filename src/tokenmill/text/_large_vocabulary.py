@@ -118,9 +118,10 @@ class LargeVocabHead:
     """Rows of a large vocabulary, and the search for those with the largest inner product with a hidden state.
 
     "pq" reads every row as one of sixteen steps in each dimension (four bits), a part of the rows on each thread, and
-    scores the best `depth` exactly. For the cells and the graph inner products become distances on a sphere when each
-    row e gets the coordinate sqrt(M^2 - |e|^2) and a query 0: then the nearest row is the one with the highest logit (the paper's index compares cosines, whose best may be
-    another). Hidden states lie far from most rows, so that cells find the best one seldom: see the measurements.
+    scores the best `depth` exactly. For the cells and the graph, inner products become distances on a sphere: each row
+    e gets the coordinate sqrt(M^2 - |e|^2) and a query 0, and the nearest row is the one with the highest logit (the
+    paper's index compares cosines, whose best may be another). Hidden states lie far from most rows, so that cells find
+    the best one seldom: see the measurements.
 
     Args:
         model: a causal language model of transformers; nothing in it is changed.
