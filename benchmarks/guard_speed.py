@@ -23,7 +23,7 @@ from tokenmill.text import CPTFilter
 VOCABULARIES = ("gemma-3-270m", "gpt2", "bpe_openai/cl100k_base", "bpe_openai/o200k_base", "python-target")
 CHARS = 2000  # of a text
 MEGABYTES = 3
-REPEATS = 7
+REPEATS = 11
 
 
 def texts(split: str) -> list[str]:

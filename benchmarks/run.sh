@@ -1,5 +1,5 @@
 #!/bin/sh
-# Every line in benchmarks/results/, in about an hour and a half on two idle cores. Give names to run a part: speed accepted ...
+# Every line in benchmarks/results/, in about three hours on two idle cores. Give names to run a part: speed accepted ...
 set -eu
 cd "$(dirname "$0")/.."
 BIN=${BIN:-.venv/bin}

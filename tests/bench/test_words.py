@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -166,7 +165,6 @@ def test_a_whole_run_at_equal_compute(tmp_path: Path) -> None:
         assert {"next_word", "next_word_frequent"} <= set(result.quality)
     steps = {r.method: r.cost["steps"] for r in found}
     assert steps["byte"] < steps["plain"]
-    assert math.isfinite(sum(r.quality["bits_per_byte"] for r in found))
 
 
 def test_bad_input_is_refused() -> None:

@@ -15,6 +15,8 @@ from tests.text import vocabularies
 from tokenmill.errors import LimitError, UnsupportedError
 from tokenmill.text import TokenBytes, cpt, window_cpt
 from tokenmill.text._char_lengths import CharCounter, completed
+from tokenmill.text._cpt_windows import TokenBatch
+from tokenmill.text._scripts import SCRIPTS, script
 
 TEXTS = vocabularies.corpus(5, 80)
 VOCABULARIES = {
@@ -185,6 +187,30 @@ def test_windows(text: str, window: int) -> None:
     assert window_cpt(text, tokenizer, 1)[0].min() == min(lengths)
 
 
+@pytest.mark.prop("cpt-filtering", 5)
+@pytest.mark.parametrize("top", [0.5, 1.0, 1.15, 1.5, 2.25, 30.0])
+def test_low_windows_of_a_batch_are_those_of_each_text(top: float) -> None:
+    texts = [
+        "",
+        "天地玄黃，宇宙洪荒。" * 3,
+        "a-b-c-d-e-f-g " * 4,
+        "ok",
+        "Съешь же ещё этих мягких булок",
+        "qzx vvk " * 9,
+    ]
+    batch = TokenBatch(texts, CharCounter.of(vocabularies.cl100k()), 10**6)
+    limits = np.full(len(SCRIPTS), -np.inf)
+    limits[[SCRIPTS.index("latin"), SCRIPTS.index("han")]] = top, top / 2
+    for window in (1, 4, 10):
+        wanted = []
+        for i, text in enumerate(texts):
+            for at in range(batch.offsets[i], batch.offsets[i + 1] - window + 1):
+                start, stop = batch.span(i, at, at + window)
+                limit = limits[SCRIPTS.index(script(text[start:stop]))]
+                wanted += [at] if (stop - start) / window < limit else []
+        assert batch.below(window, limits).tolist() == wanted
+
+
 def test_tiktoken_is_as_its_ranks() -> None:
     ranks = {bytes([i]): i for i in range(256)} | {b"th": 256, b"the": 257, b" the": 258}
     pattern = r" ?\w+|\s|[^\w\s]+"
@@ -192,6 +218,8 @@ def test_tiktoken_is_as_its_ranks() -> None:
     ours = TokenBytes.from_ranks(ranks, {"<end>": 259}, pattern)
     texts = ["then the theme", "naïve", "<end> x", ""]
     assert parts(encoding, texts) == parts(ours, texts)
+    many = [f"{text} {i}" for i, text in enumerate(texts * 60)]  # so many go to threads
+    assert parts(encoding, many) == parts(ours, many)
     assert CharCounter.of(encoding).fingerprint == CharCounter.of(ours).fingerprint
 
 

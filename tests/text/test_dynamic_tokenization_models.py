@@ -21,6 +21,7 @@ from tokenmill.text import (
     LargeVocabulary,
     MeanEmbedder,
 )
+from tokenmill.text import _large_vocabulary as large_vocabulary
 from tokenmill.text._token_embedders import Rows, tables
 
 PROMPTS = ["def merge_tokens(batch, tokenizer):\n    return", "import os\nfor name in os.listdir(path):\n    if name"]
@@ -185,6 +186,20 @@ def test_all_candidates_are_the_full_softmax_and_the_best_is_that_of_brute_force
         assert tokens[:, 0].tolist() == wanted.argmax(-1).tolist()
         assert torch.allclose(logits, wanted.gather(1, tokens), atol=1e-4)
         assert (logits[:, :-1] >= logits[:, 1:]).all()
+
+
+@pytest.mark.prop("dynamic-tokenization", 11)
+def test_rows_on_several_threads_keep_their_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(large_vocabulary, "_SHARD", 500)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    head = large(2100, "pq", depth=300)[1]
+    assert head.index.count() == 3
+    rows = torch.arange(0, len(head.output), 37)  # of all three parts
+    own = head.output[rows] / head.output[rows].norm(dim=1, keepdim=True)
+    wanted = own @ head.output.T
+    tokens, logits = head.candidates(own, 5)
+    assert tokens[:, 0].tolist() == wanted.argmax(-1).tolist()
+    assert torch.allclose(logits, wanted.topk(5).values, atol=1e-4)
 
 
 @pytest.mark.prop("dynamic-tokenization", 11)

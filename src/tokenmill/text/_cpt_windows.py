@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -133,8 +134,9 @@ class TokenBatch:
         top = float(limits.max(initial=-np.inf))
         if not np.isfinite(top) or len(self.lengths) < window:
             return np.zeros(0, dtype=np.int64)
-        sums, whole = self.sums(window)
-        starts = np.flatnonzero(whole & (sums < top * window))
+        sums = self.ends[window:] - self.ends[:-window]
+        starts = np.flatnonzero(sums < math.ceil(top * window))  # few: only these are looked at any further
+        starts = starts[starts + window <= self.offsets[self.owners(starts) + 1]]
         if not starts.size:
             return starts
         return starts[sums[starts] / window < limits[self.classes(starts, window)]]

@@ -86,9 +86,10 @@ class ScriptCounts:
     def __init__(self, text: str) -> None:
         found = codes(text)
         present = (0, _SIGN) if text.isascii() else np.flatnonzero(np.bincount(found, minlength=WIDTH)).tolist()
-        self._below: dict[int, NDArray[np.int64]] = {}  # code -> (n + 1,) how many of it before each character
+        size = np.int32 if len(found) < np.iinfo(np.int32).max else np.int64
+        self._below: dict[int, NDArray[np.integer]] = {}  # code -> (n + 1,) how many of it before each character
         for code in present:
-            below = np.zeros(len(found) + 1, dtype=np.int64)
+            below = np.zeros(len(found) + 1, dtype=size)
             np.cumsum(found == code, out=below[1:])
             self._below[code] = below
 
