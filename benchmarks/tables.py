@@ -52,9 +52,9 @@ def provenance(found: list[Line]) -> str:
     if not found:
         return ""
     env, commands = found[-1]["env"], dict.fromkeys(line["cmd"] for line in found)
-    machine = ", ".join(str(env[k]) for k in ("cpu", "threads") if k in env)
+    threads = "1 thread" if env["threads"] == 1 else f"{env['threads']} threads"
     shown = "\n".join(f"    {command}" for command in commands)
-    return f"\n{machine} threads, torch {env.get('torch')}, transformers {env.get('transformers')}:\n\n{shown}\n"
+    return f"\n{env['cpu']}, {threads}, torch {env.get('torch')}, transformers {env.get('transformers')}:\n\n{shown}\n"
 
 
 def speed() -> str:
