@@ -153,7 +153,10 @@ def predict(net: HyperNetwork | MeanEmbedder, tokens: list[Any]) -> Tensor:
     return net(ids, mask).input
 
 
-def train(name: str, net: HyperNetwork, model: Any, tokenizer: Any, out: Path, args: argparse.Namespace) -> int:
+def train(
+    name: str, net: HyperNetwork, model: Any, tokenizer: Any, out: Path, args: argparse.Namespace
+) -> tuple[int, float]:
+    """Train for the minutes or steps that are left; steps and seconds in all."""
     encoder = name == ENCODER
     loss_of = encoder_loss if encoder else decoder_loss
     inputs = DynamicInputs(model, net, positions="keep" if encoder else None)
@@ -164,7 +167,7 @@ def train(name: str, net: HyperNetwork, model: Any, tokenizer: Any, out: Path, a
         spent, step = load_state(out / STATE, net, optimizer)
     rng = random.Random(f"{args.seed} {step}")
     began, last, mean = time.monotonic() - spent, time.monotonic(), 0.0
-    while (done := (time.monotonic() - began) / (60 * args.minutes)) < 1:
+    while (done := step / args.steps if args.steps else (time.monotonic() - began) / (60 * args.minutes)) < 1:
         boundary, level = rng.choice(BOUNDARIES), rng.uniform(0.15, 0.9)
         bpe = DynamicBPE(tokenizer, boundary=boundary, target_reduction=level, per_example=not encoder)
         batch = bpe.merge(draw(pool, rng, BATCH[encoder]), max_length=TOKENS[encoder])
@@ -183,7 +186,7 @@ def train(name: str, net: HyperNetwork, model: Any, tokenizer: Any, out: Path, a
         if time.monotonic() - last > SAVE_SECONDS:
             last = time.monotonic()
             save_state(out / STATE, net, optimizer, seconds=last - began, step=step)
-    return step
+    return step, time.monotonic() - began
 
 
 @torch.no_grad()
@@ -220,6 +223,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=sorted(SHAPES), default=ENCODER)
     parser.add_argument("--minutes", type=float, default=20.0)
+    parser.add_argument("--steps", type=int, help="stop after this many steps instead")
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="a folder; without it the user's cache")
@@ -232,9 +236,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     model, tokenizer = load(args.model)
     net = HyperNetwork.of(model, tokenizer, **SHAPES[args.model])
-    began = time.monotonic()
-    steps = train(args.model, net, model, tokenizer, out, args)
-    seconds = time.monotonic() - began
+    steps, seconds = train(args.model, net, model, tokenizer, out, args)
     net.eval().save_pretrained(out)
     card = {
         "summary": f"Predicts embeddings of merged tokens for {args.model}.",

@@ -55,7 +55,7 @@ def pieces(split: str, most: int) -> list[str]:
 
 
 def train(model: WordPooledLM, texts: list[str], out: Path, args: argparse.Namespace) -> tuple[int, float]:
-    """Train for the minutes that are left; steps and seconds in all."""
+    """Train for the minutes or steps that are left; steps and seconds in all."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.rate, betas=(0.9, 0.95), weight_decay=0.1)
     spent, step = 0.0, 0
     if args.resume and (out / STATE).is_file():
@@ -63,7 +63,7 @@ def train(model: WordPooledLM, texts: list[str], out: Path, args: argparse.Names
     assert model.segmenter is not None
     rng = random.Random(f"{args.seed} {step}")
     began, saved, mean = time.monotonic() - spent, time.monotonic(), 0.0
-    while (done := (time.monotonic() - began) / (60 * args.minutes)) < 1:
+    while (done := step / args.steps if args.steps else (time.monotonic() - began) / (60 * args.minutes)) < 1:
         for group in optimizer.param_groups:
             share = min(1.0, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
             group["lr"] = args.rate * share
@@ -86,6 +86,7 @@ def train(model: WordPooledLM, texts: list[str], out: Path, args: argparse.Names
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=20.0)
+    parser.add_argument("--steps", type=int, help="stop after this many steps instead")
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
