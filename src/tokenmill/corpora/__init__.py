@@ -1,8 +1,33 @@
-"""Corpora: text that is on every machine, with its licence, its source, a checksum and a split by file."""
+"""Corpora: text and pictures with their licence, their source, a checksum where it matters, and a split."""
 
 from __future__ import annotations
 
 from tokenmill.corpora._corpus import Corpus, Record
+from tokenmill.corpora._digit_scenes import COLOURS, Picture, Question, Thing, digit_scenes
+from tokenmill.corpora._digit_scenes import KINDS as SCENE_KINDS
+from tokenmill.corpora._digit_scenes import LICENCE as DIGITS_LICENCE
+from tokenmill.corpora._digit_scenes import MOST as MOST_DIGITS
+from tokenmill.corpora._page_scenes import KINDS as PAGE_KINDS
+from tokenmill.corpora._page_scenes import LETTERS, Entry, page_scenes
+from tokenmill.corpora._page_scenes import MOST as MOST_ENTRIES
 from tokenmill.corpora._stdlib import load, names
 
-__all__ = ["Corpus", "Record", "load", "names"]
+__all__ = [
+    "COLOURS",
+    "Corpus",
+    "DIGITS_LICENCE",
+    "Entry",
+    "LETTERS",
+    "MOST_ENTRIES",
+    "PAGE_KINDS",
+    "MOST_DIGITS",
+    "Picture",
+    "Question",
+    "Record",
+    "SCENE_KINDS",
+    "Thing",
+    "digit_scenes",
+    "load",
+    "names",
+    "page_scenes",
+]

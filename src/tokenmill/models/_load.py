@@ -29,7 +29,7 @@ def load(
     packed: bool = False,
     device: str | torch.device = "cpu",
 ) -> tuple[CausalModel, PreTrainedTokenizerBase]:
-    """Load a causal language model in eval mode, and its tokenizer.
+    """Load a causal language model in eval mode, and its tokenizer; a vision-language model comes with a processor.
 
     ``"gemma-3-270m"`` is converted from a Python package on first use (half a minute, with a progress bar) and then
     comes from the user's cache, whose files are checked by checksum each time.
@@ -83,20 +83,28 @@ def _check_name(name: str) -> None:
 
 def _model(place: str, dtype: str, attn: str) -> CausalModel:
     import torch
-    from transformers import AttentionInterface, AutoModelForCausalLM
+    from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    from tokenmill.models._vision import is_vision
 
     known = {"eager", *AttentionInterface().valid_keys()}
     if attn not in known and "/" not in attn:  # with a slash it is a kernel of the hub
         raise unknown_name("models.load", "attn", attn, known)
-    model = AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, dtype), attn_implementation=attn)
+    auto = AutoModelForImageTextToText if is_vision(AutoConfig.from_pretrained(place)) else AutoModelForCausalLM
+    model = auto.from_pretrained(place, dtype=getattr(torch, dtype), attn_implementation=attn)
     return cast("CausalModel", model)
 
 
 def _from_transformers(name: str, place: str, dtype: str, attn: str) -> tuple[Any, Any]:
     from transformers import AutoTokenizer
 
+    from tokenmill.models._vision import is_vision, processor
+
     try:
-        return _model(place, dtype, attn), AutoTokenizer.from_pretrained(place)
+        model = _model(place, dtype, attn)
+        if is_vision(model.config):
+            return model, processor(place, model.config)
+        return model, AutoTokenizer.from_pretrained(place)
     except LimitError:
         raise
     except OSError as error:  # what transformers raises for an id or folder without the files of a model

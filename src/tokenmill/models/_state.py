@@ -13,7 +13,8 @@ from torch import Tensor, nn
 def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, seconds: float, step: int) -> None:
     """Write everything that going on needs, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    found = {f"net.{name}": tensor.contiguous() for name, tensor in model.state_dict().items()}
+    # Copies, since the file format refuses tied weights.
+    found = {f"net.{name}": tensor.clone() for name, tensor in model.state_dict().items()}
     for number, values in optimizer.state_dict()["state"].items():
         found |= {f"optimizer.{number}.{name}": tensor for name, tensor in values.items()}
     half = path.with_suffix(".tmp")
