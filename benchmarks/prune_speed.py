@@ -4,8 +4,9 @@ python benchmarks/prune_speed.py     # five minutes on two idle cores
 
 Selections run on random features with their scores given, in turn with the N x N x D product of the same features,
 medians; the memory is the peak of a process of its own. The prefill is that of a LLaVA-shaped model with random weights
-(12 layers of width 768, 576 visual tokens, 40 of text): its time with everything, and with a method, selection included
-and the vision tower apart, beside the ratio of operations by formula.
+(12 layers of width 768, 576 visual tokens, 40 of text), for one prompt and for four: its time with everything, and with
+a method, selection included and the vision tower apart; and the time of the decoder's layers beside their operations by
+formula, which count neither the output layer nor the reading of weights.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -23,6 +25,7 @@ from _lines import Lines, seconds
 from torch import Tensor
 
 from tokenmill import prune
+from tokenmill.hf.layout import decoder
 from tokenmill.hf.vision import encode
 from tokenmill.prune._greedy import Similarity
 from tokenmill.prune.information_horizon import InformationHorizon
@@ -156,8 +159,8 @@ def estimator_speed(lines: Lines, wide: int) -> None:
     )
 
 
-def llava() -> tuple[Any, dict[str, Any]]:
-    """A LLaVA of about 110 million random weights, and a prompt of 576 visual and 40 text tokens."""
+def llava() -> Any:
+    """A LLaVA of about 110 million random weights."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     torch.manual_seed(0)
@@ -178,19 +181,44 @@ def llava() -> tuple[Any, dict[str, Any]]:
         patch_size=14,
     )
     config = LlavaConfig(text_config=text, vision_config=tower, image_token_index=31_999)
-    model: Any = LlavaForConditionalGeneration(config).eval()
-    ids = torch.randint(0, 31_000, (1, 616))
-    ids[0, 20:596] = 31_999
-    return model, {
+    return LlavaForConditionalGeneration(config).eval()
+
+
+def prompts(rows: int) -> dict[str, Any]:
+    """Prompts of 576 visual and 40 text tokens."""
+    ids = torch.randint(0, 31_000, (rows, 616))
+    ids[:, 20:596] = 31_999
+    return {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
-        "pixel_values": torch.randn(1, 3, 336, 336),
+        "pixel_values": torch.randn(rows, 3, 336, 336),
     }
 
 
+class Clock:
+    """Seconds that a model's decoder takes in each forward inside the ``with``."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.began, self.seconds = model, 0.0, 0.0
+
+    def __enter__(self) -> Clock:
+        inner = decoder(self.model)
+        # In front of the hooks of a method, so that choosing inside the decoder counts.
+        before = inner.register_forward_pre_hook(lambda *_: setattr(self, "began", time.perf_counter()), prepend=True)
+        behind = inner.register_forward_hook(
+            lambda *_: setattr(self, "seconds", time.perf_counter() - self.began), prepend=True
+        )
+        self.undo = (before, behind)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.undo:
+            handle.remove()
+
+
 @torch.inference_mode()
-def prefill_speed(lines: Lines) -> None:
-    model, inputs = llava()
+def prefill_speed(lines: Lines, rows: int) -> None:
+    model, inputs = llava(), prompts(rows)
     keep = 0.1
     scorer = prune.VisionSelectorScorer(768).eval()
     methods: dict[str, Any] = {
@@ -222,40 +250,43 @@ def prefill_speed(lines: Lines) -> None:
     forward(plain_inputs)
     for name, method in methods.items():
         before = method.tower_layers(model), method.needs_projector_input()
-        times: dict[str, list[float]] = {"plain": [], "tower": [], "prepare": [], "forward": []}
+        times: dict[str, list[float]] = {}
         flops, inside, encodes, lengths = 0.0, False, False, [0]
         for step in range(REPEATS + 1):
-            row = {
-                "plain": seconds(lambda: forward(plain_inputs)),
-                "tower": seconds(
-                    lambda b=before: encode("bench", model, inputs, tower_layers=b[0], with_projector_input=b[1])
-                ),
-            }
+            with Clock(model) as clock:
+                row = {"plain": seconds(lambda: forward(plain_inputs)), "plain decoder": clock.seconds}
+            row["tower"] = seconds(
+                lambda b=before: encode("bench", model, inputs, tower_layers=b[0], with_projector_input=b[1])
+            )
             pruned: list[Any] = []
             row["prepare"] = seconds(lambda m=method, p=pruned: p.append(m.prepare(model, inputs)))
-            with method.attach(model, pruned[0]) as trace:
+            with method.attach(model, pruned[0]) as trace, Clock(model) as clock:
                 row["forward"] = seconds(lambda p=pruned: forward(p[0]))
+                row["decoder"] = clock.seconds
             lengths = trace.shortening.lengths or [pruned[0]["input_ids"].shape[1]] * 12
             flops = prune.prefill_flops(model, lengths)
             for what, value in row.items():
-                times[what] += [value] if step else []  # the first round warms up
+                times.setdefault(what, []).extend([value] if step else [])  # the first round warms up
             inside, encodes = bool(trace.shortening.kept), pruned[0].report != ()
         middle = {what: 1000 * median(values) for what, values in times.items()}
         selection = max(0.0, middle["prepare"] - middle["tower"]) if encodes else 0.0
         # A method that leaves the inputs alone has its tower inside the forward.
-        decoder_ms = middle["forward"] if encodes else middle["forward"] - middle["tower"]
+        rest = middle["forward"] if encodes else middle["forward"] - middle["tower"]
         lines.keep(
             "prefill",
             name=name,
+            rows=rows,
             inside=inside,
             lengths=lengths,
             plain_ms=middle["plain"],
             tower_ms=middle["tower"],
             select_ms=selection,
-            decoder_ms=decoder_ms,
-            faster=middle["plain"] / (selection + decoder_ms),
+            forward_ms=rest,
+            plain_decoder_ms=middle["plain decoder"],
+            decoder_ms=middle["decoder"],
+            faster=middle["plain"] / (selection + rest),
             fewer_flops=full / flops,
-            to_formula=(middle["plain"] / decoder_ms) / (full / flops),
+            to_formula=(middle["plain decoder"] / middle["decoder"]) / (full / flops),
         )
 
 
@@ -277,7 +308,8 @@ def main() -> None:
     entropy_speed(lines)
     for wide in (1024, 4096):
         estimator_speed(lines, wide)
-    prefill_speed(lines)
+    for rows in (1, 4):
+        prefill_speed(lines, rows)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Every line in benchmarks/results/, in about three hours on two idle cores. Give names to run a part: speed accepted ...
+# Every line in benchmarks/results/, in about four and a half hours on two idle cores. Give names to run a part: speed accepted ...
 set -eu
 cd "$(dirname "$0")/.."
 BIN=${BIN:-.venv/bin}
@@ -11,7 +11,13 @@ keep() { # the lines of a run become one results file
   cat "runs/$1/results.jsonl" >>"$RESULTS/$1.jsonl"
 }
 
-for part in ${*:-profile speed accepted spectr exactness toy constrain peer bytes complete ensemble tokenize transplant guard stochastok lm vocabulary supertokens guard-speed shorten words large}; do
+keep_means() { # the same without the single items, where there are thousands
+  python -c 'import json, sys
+for line in sys.stdin: print(json.dumps({k: v for k, v in json.loads(line).items() if k != "items"}))' \
+    <"runs/$1/results.jsonl" >>"$RESULTS/$1.jsonl"
+}
+
+for part in ${*:-profile speed accepted spectr exactness toy constrain peer bytes complete ensemble tokenize transplant guard stochastok lm vocabulary supertokens guard-speed shorten words large vqa prune-speed}; do
   case $part in
   profile) python benchmarks/forward_cost.py ;;
   speed)
@@ -82,6 +88,8 @@ for part in ${*:-profile speed accepted spectr exactness toy constrain peer byte
   guard)
     tokenmill bench guard --methods entropy,tokens-per-word,cpt-filtering,cpt-filtering:threshold=3.1 --out runs/guard
     keep guard
+    tokenmill bench guard --chars 300 --tokens 20 --limit 300 --methods cpt-filtering,cpt-filtering:threshold=3.1 --out runs/guard-tokens
+    keep_means guard-tokens
     tokenmill bench guard --data python-reference,manual-pages --limit 300 --encodings reverse \
       --methods cpt-filtering --out runs/guard-languages
     keep guard-languages
@@ -109,8 +117,29 @@ for part in ${*:-profile speed accepted spectr exactness toy constrain peer byte
     python benchmarks/large_vocabulary.py
     python benchmarks/large_vocabulary.py --search ivf
     ;;
+  vqa)
+    for model in digits-llava digits-qwen2.5-vl; do
+      for keep in 0.5 0.25 0.125; do
+        methods=norm:keep=$keep,norm-diverse:keep=$keep,attention:keep=$keep
+        for seed in 0 1 2 3 4 5 6 7 8 9; do methods=$methods,random:keep=$keep:seed=$seed; done
+        for method in divprune idpruner zoo-prune entropyprune entropyprune:layer=1 information-horizon todre vflowopt; do
+          methods=$methods,$method:keep=$keep
+        done
+        methods=$methods,token-correlation-compression:max_tokens=$(python -c "print(int(64 * $keep))")
+        OMP_NUM_THREADS=1 tokenmill bench vqa --model $model --limit 250 --methods $methods --out runs/vqa
+      done
+    done
+    for tokens in 32 16 8; do
+      keep=$(python -c "print($tokens / 64)")
+      OMP_NUM_THREADS=1 tokenmill bench vqa --model pages-llava --limit 500 --out runs/vqa \
+        --methods random:keep=$keep,norm:keep=$keep,norm-diverse:keep=$keep,attention:keep=$keep,divprune:keep=$keep,zoo-prune:keep=$keep,todre:keep=$keep,vflowopt:keep=$keep,token-correlation-compression:max_tokens=$tokens
+    done
+    OMP_NUM_THREADS=1 tokenmill bench vqa --model pages-llava --limit 500 --out runs/vqa --methods token-correlation-compression
+    keep_means vqa
+    ;;
+  prune-speed) python benchmarks/prune_speed.py ;;
   *)
-    echo "unknown part $part: profile, speed, accepted, spectr, exactness, toy, constrain, peer, bytes, complete, ensemble, tokenize, transplant, guard, stochastok, lm, vocabulary, supertokens, guard-speed, shorten, words, large" >&2
+    echo "unknown part $part: profile, speed, accepted, spectr, exactness, toy, constrain, peer, bytes, complete, ensemble, tokenize, transplant, guard, stochastok, lm, vocabulary, supertokens, guard-speed, shorten, words, large, vqa, prune-speed" >&2
     exit 2
     ;;
   esac

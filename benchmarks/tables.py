@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -477,6 +478,187 @@ def word_pooled() -> str:
     return table(["weights", "steps", "minutes", "held-out bits per byte"], rows) + f"\n{runs}\n"
 
 
+KEEPS = (0.5, 0.25, 0.125)
+DIGITS = ("digits-llava", "digits-qwen2.5-vl")
+
+
+def _pruners(model: str) -> dict[str, dict[float, list[Line]]]:
+    """Method and settings -> share kept -> lines of all kinds and seeds."""
+    out: dict[str, dict[float, list[Line]]] = {}
+    for line in lines("vqa"):
+        if line["model"] == model:
+            params = dict(line["params"])
+            params.pop("seed", None)
+            tokens = params.pop("max_tokens", None)
+            keep = params.pop("keep", None if tokens is None else tokens / 64)
+            out.setdefault(label({**line, "params": params}), {}).setdefault(keep or 1.0, []).append(line)
+    return out
+
+
+def _right(found: list[Line], kind: str | None = None) -> tuple[float, int]:
+    """Share of right answers over lines, and number of questions."""
+    mine = [line for line in found if kind in (None, line["data"]["kind"])]
+    n = sum(line["n"] for line in mine)
+    return sum(line["n"] * line["quality"]["accuracy"] for line in mine) / n, n
+
+
+def _interval(share: float, n: int) -> str:
+    """A share with its 95 % interval (Wilson), in percent."""
+    z2 = 1.96**2 / n
+    middle = (share + z2 / 2) / (1 + z2)
+    half = (share * (1 - share) * z2 + z2 * z2 / 4) ** 0.5 / (1 + z2)
+    return f"{share:.1%} ({100 * (middle - half):.1f}-{100 * (middle + half):.1f})"
+
+
+def _mean_cost(found: list[Line], name: str) -> float:
+    return sum(line["cost"][name] for line in found) / len(found)
+
+
+def _curves(model: str) -> str:
+    """Accuracy of every method by share kept, and what a quarter of the tokens costs."""
+    found = _pruners(model)
+    if not found:
+        return ""
+    plain = found.pop("plain")[1.0]
+    keeps = sorted({keep for by_keep in found.values() for keep in by_keep}, reverse=True)
+    middle = keeps[len(keeps) // 2]
+    kinds = list(dict.fromkeys(line["data"]["kind"] for line in plain))
+    share, n = _right(plain)
+    first = ["plain", *["" for _ in keeps], *(f"{_right(plain, kind)[0]:.1%}" for kind in kinds), "100%", "100%"]
+    first[1] = f"{_interval(share, n)} with all"
+    rows = [[*first, "100%", "1"]]
+    for name, by_keep in found.items():
+        cells = [_interval(*_right(by_keep[k])) if k in by_keep else "" for k in keeps]
+        here = by_keep.get(middle)
+        if here is None:
+            rows.append([f"`{name}`", *cells, *["" for _ in kinds], "", "", "", ""])
+            continue
+        ratios = sorted(line["ratio"]["ms_p50"][0] for line in here)
+        rows.append(
+            [
+                f"`{name}`",
+                *cells,
+                *(f"{_right(here, kind)[0]:.1%}" for kind in kinds),
+                f"{_mean_cost(here, 'kept'):.0%}",
+                f"{_mean_cost(here, 'flops') / _mean_cost(plain, 'flops'):.0%}",
+                f"{_mean_cost(here, 'kv_bytes') / _mean_cost(plain, 'kv_bytes'):.0%}",
+                f"{ratios[len(ratios) // 2]:.2f}",
+            ]
+        )
+    head = ["method", *(f"{keep:.1%} kept" for keep in keeps), *(f"{kind} at {middle:.0%}" for kind in kinds)]
+    head += [f"tokens a layer at {middle:.0%}", "prefill FLOPs", "KV bytes", "time"]
+    return table(head, rows) + provenance([line for line in lines("vqa") if line["model"] == model])
+
+
+def _against_random(slug: str) -> str:
+    """A method's accuracy on both models, beside the untouched model and random tokens."""
+    rows = []
+    for model in DIGITS:
+        found = _pruners(model)
+        for name in [name for name in found if name.split(":")[0] == slug]:
+            for keep in sorted(found[name], reverse=True):
+                (ours, n), (chance, m) = _right(found[name][keep]), _right(found["random"][keep])
+                spread = 196 * (ours * (1 - ours) / n + chance * (1 - chance) / m) ** 0.5
+                gain = f"{100 * (ours - chance):+.1f} ± {spread:.1f} points"
+                left = f"{ours / _right(found['plain'][1.0])[0]:.1%}"
+                rows.append([model, f"`{name}`", f"{keep:.1%}", _interval(ours, n), left, gain])
+    head = ["model", "method", "kept", "accuracy", "of the untouched model's", "against random tokens"]
+    return table(head, rows)
+
+
+def vqa_llava() -> str:
+    """Digits, LLaVA."""
+    return _curves("digits-llava")
+
+
+def vqa_qwen() -> str:
+    """Digits, Qwen2.5-VL."""
+    return _curves("digits-qwen2.5-vl")
+
+
+def vqa_pages() -> str:
+    """Pages, LLaVA."""
+    return _curves("pages-llava")
+
+
+def vision_models() -> str:
+    """What the recipes of the vision-language models took and reached, from the assets' own cards."""
+    rows = []
+    for name in (*DIGITS, "pages-llava"):
+        card = json.loads((ROOT / "src" / "tokenmill" / "assets" / name / "card.json").read_text(encoding="utf-8"))
+        reached = ", ".join(f"{kind} {share:.1%}" for kind, share in card["held_out_accuracy"].items())
+        took = f"{card['seconds'] / 60:.0f} minutes, {card['threads']} thread{'s' if card['threads'] > 1 else ''}"
+        rows.append([f"`{name}`", f"{card['weights']:,}", f"{card['steps']:,}", took, reached])
+    return table(["model", "weights", "steps", "training", "held-out accuracy"], rows)
+
+
+def prune_selection() -> str:
+    """Selections beside one product of all pairs."""
+    rows = []
+    for line in lines("prune-speed"):
+        if line["what"] == "selection":
+            shown = [f"{line['ms']:.1f} ms", f"{line['to_product']:.2f}x", f"{line['peak_to_product']:.2f}x"]
+            rows.append([str(line["keep"]), line["name"], *shown])
+    head = ["kept of 2,880", "selection", "time", "to the product's time", "to the product's memory"]
+    return table(head, rows) + provenance([line for line in lines("prune-speed") if line["what"] == "selection"])
+
+
+def prune_prefill() -> str:
+    """Prefill of a model of 110 M weights by method."""
+    rows = []
+    for line in lines("prune-speed"):
+        if line["what"] == "prefill":
+            times = [f"{line[name]:.0f}" for name in ("tower_ms", "select_ms", "forward_ms")]
+            shown = [f"{line['faster']:.2f}x", f"{line['fewer_flops']:.2f}x", f"{line['to_formula']:.2f}"]
+            rows.append([str(line["rows"]), line["name"], f"{line['plain_ms']:.0f}", *times, *shown])
+    head = ["prompts", "method", "plain, ms", "tower, ms", "choosing, ms", "forward, ms"]
+    head += ["prefill faster", "fewer FLOPs", "decoder's speed to its FLOPs"]
+    return table(head, rows) + provenance([line for line in lines("prune-speed") if line["what"] == "prefill"])
+
+
+def entropy_speed() -> str:
+    """Matrix entropy by the small and by the large matrix."""
+    rows = [
+        [f"{line['ms']:.1f}", f"{line['covariance_ms']:.1f}", f"{line['faster']:.1f}x", str(line["same_ranking"])]
+        for line in lines("prune-speed")
+        if line["what"] == "entropy"
+    ]
+    head = ["Gram matrix of 32 heads, ms", "covariance of 128, ms", "faster", "same ranking"]
+    return table(head, rows) + provenance([line for line in lines("prune-speed") if line["what"] == "entropy"])
+
+
+def zoo_estimators() -> str:
+    """ZOO-Prune's three estimators."""
+    rows = []
+    for line in lines("prune-speed"):
+        if line["what"] == "estimators":
+            times = [f"{line[f'{name}_ms']:.0f}" for name in ("fd", "jvp", "frobenius")]
+            ranks = [f"{line['spearman_fd_frobenius']:.3f}", f"{line['spearman_fd_jvp']:.4f}"]
+            rows.append([f"1,024 to {line['width']:,}", *times, *ranks])
+    head = ["projector", "fd, ms", "jvp, ms", "frobenius, ms", "ranks, fd and frobenius", "ranks, fd and jvp"]
+    return table(head, rows) + provenance([line for line in lines("prune-speed") if line["what"] == "estimators"])
+
+
+PRUNERS = (
+    "divprune",
+    "idpruner",
+    "zoo-prune",
+    "entropyprune",
+    "information-horizon",
+    "todre",
+    "vflowopt",
+    "token-correlation-compression",
+)
+_PRUNE = (
+    vqa_llava,
+    vqa_qwen,
+    vqa_pages,
+    vision_models,
+    prune_selection,
+    prune_prefill,
+    entropy_speed,
+    zoo_estimators,
+)
 _ALL = (awrs_toy, constrain, awrs_peer, complete, ensemble, speed, short, profile, accepted, exactness, spectr, pair)
 _TEXT = (tokenize, transplant, guard, stochastok, shorten, words, large_vocabulary)
 _MORE = (
@@ -489,7 +671,10 @@ _MORE = (
     hypernetworks,
     word_pooled,
 )
-TABLES: dict[str, Callable[[], str]] = {one.__name__: one for one in (*_ALL, *_TEXT, *_MORE)} | {"bytes": bytes_}
+TABLES: dict[str, Callable[[], str]] = {one.__name__: one for one in (*_ALL, *_TEXT, *_MORE, *_PRUNE)} | {
+    "bytes": bytes_
+}
+TABLES |= {f"vqa-{slug}": partial(_against_random, slug) for slug in PRUNERS}
 
 
 def main() -> int:

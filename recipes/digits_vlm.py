@@ -12,11 +12,14 @@ that reads pages of rendered entries (`tokenmill.corpora.page_scenes`), for comp
 
 Training has four stages: the tower and projector learn to name, in the decoder's own words, what each patch belongs
 to (features that a classifier of its own can read say nothing to the decoder); then the whole model learns to answer
-which digit has a colour and what colour a digit has; then counting and position come in; at last half of the batches
-lack a random share of their visual tokens, since a model that never saw fewer than 64 counts by how much of a picture
-is background, which any pruning changes. The naming of patches stays in the loss with a small weight. An interrupted
-run goes on where its last state was saved when it is started again with the same --out. A card.json beside the model
-says how long it took and what it reached on pictures of held-out digits.
+which digit has a colour and what colour a digit has; then counting and position come in, and the naming of patches
+stays in the loss with a small weight; at last the tower and projector are frozen, and three of four batches lack some
+of their visual tokens: a random share, other parts of the background than of the things, but something of each thing. A
+model that never saw fewer than 64 tokens counts by how much of a picture is background, which any pruning changes, and
+one that lacks random tokens alone still does. `--last MODEL` learns the last stage again, from a trained model.
+
+An interrupted run goes on where its last state was saved when it is started again with the same --out. A card.json
+beside the model says how long it took and what it reached on pictures of held-out digits.
 """
 
 from __future__ import annotations
@@ -50,6 +53,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tokenmill import corpora
 from tokenmill.corpora import Picture
+from tokenmill.models import load
 from tokenmill.models._state import load_state, save_state
 from tokenmill.prune._positions import full_positions
 
@@ -57,7 +61,7 @@ SIDE, PATCH = 8, 8  # visual tokens a side, pixels of each
 TOKENS = SIDE * SIDE
 BATCH, TURNS = 32, 6
 TOWER, PAIRS, WHOLE = 0.12, 0.4, 0.8  # where the first three stages end
-LEAST = 0.2  # share of visual tokens that a batch of the last stage has at least
+LEAST = 0.1  # share of visual tokens that a batch of the last stage has at least
 PEAK, FLOOR, WARM_UP = 1.5e-3, 0.02, 0.02
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "<vision>", "</vision>", "<video>", "user", "assistant")
 DIGITS = tuple("0123456789")
@@ -319,9 +323,11 @@ def pixels_of(processor: Any, pictures: Sequence[Picture]) -> dict[str, Tensor]:
 
 
 def rate_at(done: float) -> float:
-    """Learning rate after a share of the training: linear warm-up, then a cosine."""
+    """Learning rate after a share of the training: linear warm-up, a cosine, and a straight line in the last stage."""
     if done < WARM_UP:
         return PEAK * max(done, 0.002) / WARM_UP
+    if done >= WHOLE:
+        return PEAK / 2 * (FLOOR + (1 - done) / (1 - WHOLE))
     return PEAK * (FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP))))
 
 
@@ -330,17 +336,33 @@ def kinds_at(data: Data, done: float) -> tuple[str, ...]:
     return () if done < TOWER else data.first if done < PAIRS else data.kinds
 
 
+def some_tokens(pictures: Sequence[Picture], generator: torch.Generator) -> Tensor:
+    """The same number k of tokens in each picture, (B, k) ascending, with at least one of each thing.
+
+    How the background competes with the things is drawn for each picture, so that shares tell nothing.
+    """
+    k = round(TOKENS * LEAST ** float(torch.rand((), generator=generator)))
+    keys = torch.rand(len(pictures), TOKENS, generator=generator)
+    tilt = 3 * torch.rand(len(pictures), generator=generator) - 1.5
+    things, firsts = torch.zeros_like(keys), torch.zeros_like(keys)
+    for at, picture in enumerate(pictures):
+        for thing in picture.things:
+            block = torch.zeros(SIDE, SIDE)
+            block[2 * thing.row : 2 * thing.row + 2, 2 * thing.column : 2 * thing.column + 2] = 1
+            mine = block.flatten()
+            things[at] += mine
+            firsts[at, int((keys[at] * mine).argmax())] = 1
+    return (keys + tilt[:, None] * things + 9 * firsts).topk(k, dim=1).indices.sort(1).values
+
+
 def fewer(
-    model: Any, inputs: dict[str, Tensor], tokens: Tensor, labels: Tensor, early: Tensor, *, seed: int
+    model: Any, inputs: dict[str, Tensor], tokens: Tensor, kept: Tensor, labels: Tensor, early: Tensor
 ) -> tuple[Any, Tensor, Tensor]:
-    """The forward of a batch in which every picture lacks the same number of its tokens (B, N, D), others in each.
+    """The forward of a batch whose pictures have only the tokens ``kept`` (B, k) of theirs (B, N, D).
 
     Also gives the labels and hints of what is left. Positions stay.
     """
-    generator = torch.Generator().manual_seed(seed)
-    batch, count, width = tokens.shape
-    k = int(torch.randint(round(LEAST * count), count + 1, (), generator=generator))
-    kept = torch.rand(batch, count, generator=generator).argsort(1)[:, :k].sort(1).values
+    batch, _, width = tokens.shape
     visual = inputs["input_ids"] == SPECIAL.index("<image>")  # the same columns in every row
     first = int(visual[0].int().argmax())
     text = (~visual[0]).nonzero()[:, 0].expand(batch, -1)
@@ -367,9 +389,11 @@ def loss_of(trainee: Trainee, arch: str, tokenizer: Any, processor: Any, step: i
     kinds = kinds_at(data, done)
     pictures = data.scenes("train", BATCH, seed=step, kinds=kinds or data.kinds, most=most_at(data, done))
     pixels = pixels_of(processor, pictures)
+    last = done >= WHOLE
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        encoded, tokens, summary = trainee.features(pixels)
-        named = trainee.naming_loss(tokens, summary, pictures)
+        with torch.set_grad_enabled(not last):
+            encoded, tokens, summary = trainee.features(pixels)
+        named = torch.zeros(()) if last else trainee.naming_loss(tokens, summary, pictures)
         if not kinds:
             return named
         asked = dialogue(tokenizer, arch, pictures, TURNS)
@@ -378,10 +402,11 @@ def loss_of(trainee: Trainee, arch: str, tokenizer: Any, processor: Any, step: i
         if ARCHS[arch].family != "llava":
             extra["image_grid_thw"] = pixels["image_grid_thw"]
             extra["mm_token_type_ids"] = (asked["input_ids"] == SPECIAL.index("<image>")).int()
-        if done >= WHOLE and step % 2:
+        if last and step % 4:
             inputs = {**asked, **extra, "position_ids": full_positions(trainee.model, {**asked, **extra})}
             inputs.pop("image_grid_thw", None)
-            out, labels, early = fewer(trainee.model, inputs, tokens, labels, early, seed=step)
+            kept = some_tokens(pictures, torch.Generator().manual_seed(step))
+            out, labels, early = fewer(trainee.model, inputs, tokens, kept, labels, early)
         else:
             out = trainee.model(**asked, **extra, mm_encoder_outputs={"image": encoded}, use_cache=False)
     answers = labels[:, 1:] != -100
@@ -393,18 +418,35 @@ def loss_of(trainee: Trainee, arch: str, tokenizer: Any, processor: Any, step: i
 
 
 def train(
-    arch: str, tokenizer: Any, processor: Any, *, seconds: float, steps: int | None, seed: int, state: Path
+    arch: str,
+    tokenizer: Any,
+    processor: Any,
+    *,
+    seconds: float,
+    steps: int | None,
+    seed: int,
+    state: Path,
+    last: str | None = None,
 ) -> tuple[PreTrainedModel, int, float]:
-    """Train for `seconds`, or for `steps` when given; goes on from a saved state."""
+    """Train for `seconds`, or for `steps` when given; goes on from a saved state.
+
+    With ``last``, a trained model, only the last stage is learned, and takes all of that time.
+    """
     torch.manual_seed(seed)
     trainee = Trainee(arch, tokenizer).train()
+    first = 0.0
+    if last is not None:
+        found: Any = load(last)[0]
+        trainee.model.load_state_dict(found.state_dict())
+        first = WHOLE
     decay = [p for p in trainee.parameters() if p.dim() > 1]
     others = [p for p in trainee.parameters() if p.dim() <= 1]
     groups = [{"params": decay, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=PEAK, betas=(0.9, 0.98))
     spent, step = load_state(state, trainee, optimizer) if state.exists() else (0.0, 0)
     began, saved, mean = time.monotonic() - spent, time.monotonic(), None
-    while (done := step / steps if steps is not None else (time.monotonic() - began) / seconds) < 1:
+    while (spent := step / steps if steps is not None else (time.monotonic() - began) / seconds) < 1:
+        done = first + (1 - first) * spent
         for group in optimizer.param_groups:
             group["lr"] = rate_at(done)
         loss = loss_of(trainee, arch, tokenizer, processor, seed * 10_000_000 + step, done)
@@ -489,6 +531,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--arch", choices=ARCHS, required=True)
     parser.add_argument("--minutes", type=float, default=80)
     parser.add_argument("--steps", type=int, help="stop after this many steps instead")
+    parser.add_argument("--last", metavar="MODEL", help="learn only the last stage, from an asset or a folder")
     parser.add_argument("--pictures", type=int, default=1000, help="held-out pictures to measure on")
     parser.add_argument("--threads", type=int, help="threads of torch")
     parser.add_argument("--seed", type=int, default=0)
@@ -507,6 +550,7 @@ def main(arguments: list[str] | None = None) -> None:
         steps=options.steps,
         seed=options.seed,
         state=options.out / f"{name}.state.safetensors",
+        last=options.last,
     )
     facts = {
         "seconds": round(seconds),

@@ -55,6 +55,7 @@ def train(model: Any, processor: Any, folder: Path, options: argparse.Namespace)
         budget=options.budget,
         steps=options.steps,
         rate=options.rate,
+        sharpen=tuple(options.sharpen),
         seed=options.seed,
         on_step=told,
     )
@@ -110,6 +111,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=400, help="of the scorer; 0 leaves it out")
     parser.add_argument("--budget", type=float, default=0.2)
     parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--sharpen", type=float, nargs=2, default=[0.1, 2.0], help="weight of the second loss")
     parser.add_argument("--calls", type=int, default=60, help="evaluations of a search; 0 leaves it out")
     parser.add_argument("--keeps", type=float, nargs="+", default=[0.5, 0.25, 0.125])
     parser.add_argument("--threads", type=int, help="threads of torch")

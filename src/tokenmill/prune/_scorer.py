@@ -140,6 +140,7 @@ def train_scorer(
     budget: float = 0.2,
     steps: int,
     rate: float = 5e-5,
+    sharpen: tuple[float, float] = (0.1, 2.0),
     hidden: int | None = None,
     seed: int = 0,
     on_step: Callable[[int, float], None] | None = None,
@@ -152,6 +153,8 @@ def train_scorer(
         budget: share of each picture's tokens that the soft mask sums to.
         steps: optimiser steps.
         rate: peak learning rate, cosine after 3 % of warm-up.
+        sharpen: weight of the second loss at the first and at the last step. It confirms what the scorer prefers
+            already, so on a model whose answers suffer little from the soft mask give it less.
         hidden: width of the scorer.
         seed: of the scorer's weights.
         on_step: called with the step and the loss.
@@ -160,12 +163,14 @@ def train_scorer(
         The scorer in eval mode, and what happened.
 
     Raises:
-        LimitError: bad budget, steps or data.
+        LimitError: bad budget, steps, weights or data.
     """
     if not 0 < budget < 1:
         raise LimitError("train_scorer", "budget", budget, "a share in (0, 1)")
     if steps < 1:
         raise LimitError("train_scorer", "steps", steps, "at least 1")
+    if min(sharpen) < 0:
+        raise LimitError("train_scorer", "sharpen", sharpen, "two weights that are not negative")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         scorer = VisionSelectorScorer(model.config.get_text_config().hidden_size, hidden).to(model.device)
@@ -179,7 +184,7 @@ def train_scorer(
             for group in optimizer.param_groups:
                 group["lr"] = rate * warm * 0.5 * (1 + math.cos(math.pi * done))
             answered, mask = _losses(model, scorer, batch, budget)
-            loss = answered + (0.1 + 1.9 * done) * mask
+            loss = answered + (sharpen[0] + (sharpen[1] - sharpen[0]) * done) * mask
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

@@ -12,6 +12,7 @@ from tokenmill.prune._baselines import check_choices
 
 MODES = ("topk", "multinomial", "systematic")
 Mode = Literal["topk", "multinomial", "systematic"]
+_ROWS = 256  # rows of similarities compared at once
 
 
 def patch_similarity(keys: Tensor) -> Tensor:
@@ -64,9 +65,9 @@ def information_density(
         raise LimitError("information_density", "beta", beta, "in [0, 1)")
     batch, n = sim.shape[:2]
     real = torch.ones(batch, n, dtype=torch.bool, device=sim.device) if valid is None else valid
-    alike = (sim > alpha) & real[:, None]
-    diagonal = alike.diagonal(dim1=1, dim2=2)
-    counts = alike.sum(-1) - diagonal.long()
+    # Some rows at a time: summing booleans makes integers of all that are given.
+    counts = torch.cat([((rows > alpha) & real[:, None]).sum(-1) for rows in sim.split(_ROWS, dim=1)], dim=1)
+    counts -= ((sim.diagonal(dim1=1, dim2=2) > alpha) & real).long()
     total = real.sum(-1)
     redundant = (counts > beta * total[:, None]) & real
     density = 1 - redundant.sum(-1) / total.clamp_min(1)

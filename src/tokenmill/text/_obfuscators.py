@@ -67,8 +67,8 @@ def _reverse(text: str) -> str:
 
 
 def _reverse_words(text: str) -> str:
-    # The order of words, blanks where they are in the mirror: turning twice gives the text back.
-    return "".join(reversed(re.split(r"(\s+)", text)))
+    # The letters of each word, words where they were. Words in another order stay words, and no tokenizer sees that.
+    return re.sub(r"\S+", lambda word: word[0][::-1], text)
 
 
 def _from_binary(text: str) -> str:

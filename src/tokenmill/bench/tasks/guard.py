@@ -39,6 +39,7 @@ class Options:
         limit: texts of each kind.
         train: clean texts of each kind that thresholds are fitted on, at most.
         chars: characters of a text at most.
+        tokens: tokens of a clean text at least.
         windows: tokens of the windows, with commas; none looks at whole texts alone.
         fpr: share of clean texts that may be flagged.
         repeats: timings of each text; their median counts.
@@ -51,13 +52,14 @@ class Options:
     limit: int = 100
     train: int = 2000
     chars: int = 100
+    tokens: int = 1
     windows: str = "10,20,40"
     fpr: float = 0.01
     repeats: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("limit", "train", "chars", "repeats"):
+        for name in ("limit", "train", "chars", "tokens", "repeats"):
             if getattr(self, name) < 1:
                 raise LimitError(_WHERE, name, getattr(self, name), "at least 1")
         if not 0 < self.fpr < 1:
@@ -91,7 +93,7 @@ class Task:
 
     def settings(self) -> dict[str, Scalar]:
         """The options that tell two measurements of a method apart."""
-        return {name: getattr(self.options, name) for name in ("data", "train", "chars", "windows", "fpr")}
+        return {name: getattr(self.options, name) for name in ("data", "train", "chars", "tokens", "windows", "fpr")}
 
     def kinds(self) -> list[str]:
         clean = list(self._sources)
@@ -214,6 +216,8 @@ class Task:
         found: list[tuple[str, str]] = []
         for name in names:
             for number, text in enumerate(_pieces(source[name], self.options.chars, prose=prose)):
+                if int(self._counter.counts([text])[0]) < self.options.tokens:
+                    continue
                 found.append((f"{name}:{number}", text))
                 if len(found) == limit:
                     return found
