@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from tokenmill import prune
 from tokenmill.errors import LimitError, UnsupportedError
@@ -373,8 +375,16 @@ def test_a_count_above_the_tokens_is_clamped_and_reported() -> None:
 @pytest.mark.parametrize("cache", ["static", "offloaded"])
 def test_caches_that_cannot_have_layers_of_several_lengths_are_refused(cache: str) -> None:
     model, inputs = model_of("llava"), vlms.inputs("llava", rows=1)
-    with pytest.raises(UnsupportedError, match="cache"):
+    with pytest.raises(UnsupportedError, match=r"layers of several lengths in .*Cache"):
         METHODS["entropyprune"].generate(model, inputs, max_new_tokens=2, cache_implementation=cache)
+
+
+def test_quantised_caches_are_refused_with_stages_inside() -> None:
+    model, inputs = model_of("llava"), vlms.inputs("llava", rows=1)
+    odd = DynamicCache(config=model.config.get_text_config())
+    odd.layers = [type("QuantizedLayer", (DynamicLayer,), {})() for _ in odd.layers]
+    with pytest.raises(UnsupportedError, match=r"several lengths in DynamicCache \(QuantizedLayer\)"):
+        METHODS["entropyprune"].generate(model, inputs, max_new_tokens=2, past_key_values=odd)
 
 
 def test_prefill_in_chunks_is_refused() -> None:

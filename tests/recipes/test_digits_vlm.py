@@ -39,6 +39,35 @@ def test_a_few_steps_give_a_model_that_loads_and_answers(arch: str, tmp_path: Pa
     assert out.shape == (1, inputs["input_ids"].shape[1] + 2)
 
 
+def test_what_a_picture_lacks_leaves_something_of_each_thing() -> None:
+    pictures = corpora.digit_scenes("train", 8)
+    shares, counts = [], set()
+    for seed in range(40):
+        kept = digits_vlm.some_tokens(pictures, torch.Generator().manual_seed(seed))
+        counts.add(kept.shape[1])
+        assert (kept.diff(dim=1) > 0).all()
+        for row, picture in zip(kept, pictures, strict=True):
+            (digits, _) = digits_vlm.patch_labels("llava", [picture])
+            left = digits[0, row]
+            assert {thing.digit for thing in picture.things} == set(left[left < 10].tolist())
+            shares.append(float((left < 10).float().mean()))
+    assert min(counts) < 16 < 48 < max(counts) <= 64
+    assert min(shares) < 0.1
+    assert max(shares) > 0.9
+
+
+def test_the_last_stage_starts_from_a_trained_model_and_leaves_its_tower(tmp_path: Path) -> None:
+    arguments = ["--arch", "llava", "--last", "digits-llava", "--pictures", "2", "--threads", "1", "--steps", "2"]
+    digits_vlm.main([*arguments, "--out", str(tmp_path)])
+    before: Any = tm.models.load("digits-llava")[0]
+    after: Any = tm.models.load(str(tmp_path / "digits-llava"))[0]
+    changed = {
+        name for name, weight in after.state_dict().items() if not torch.equal(weight, before.state_dict()[name])
+    }
+    assert changed
+    assert not any("vision_tower" in name or "projector" in name for name in changed)
+
+
 def test_the_stages_bring_in_questions_one_after_another() -> None:
     for data in (digits_vlm.SCENES, digits_vlm.PAGES):
         assert digits_vlm.kinds_at(data, 0.0) == ()

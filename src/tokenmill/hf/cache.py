@@ -13,8 +13,13 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from tokenmill.errors import UnsupportedError
 
 
-def check_cache(where: str, cache: Any) -> DynamicCache:
+def check_cache(where: str, cache: Any, *, what: str = "drop drafted rows from") -> DynamicCache:
     """Return ``cache`` if its rows can be selected after a forward, refuse it otherwise.
+
+    Args:
+        where: who asks, for messages.
+        cache: the cache.
+        what: what would be done with it, for messages.
 
     Raises:
         UnsupportedError: no cache, a static, quantized, offloaded or linear-attention cache.
@@ -26,7 +31,7 @@ def check_cache(where: str, cache: Any) -> DynamicCache:
     odd -= {type(x).__name__ for x in cache.layers if hasattr(x, "select_rows")}
     if not isinstance(cache, DynamicCache) or odd or cache.offloading:
         named = ", ".join(sorted(odd)) or "offloading" if isinstance(cache, DynamicCache) else "its layers"
-        raise UnsupportedError(where, f"cannot drop drafted rows from {type(cache).__name__} ({named})", mend)
+        raise UnsupportedError(where, f"cannot {what} {type(cache).__name__} ({named})", mend)
     return cache
 
 

@@ -195,7 +195,7 @@ class _State:
         if self.visual is None or not bool(self.visual.any()):
             return
         if cache is not None:
-            check_cache(self.where, cache)
+            check_cache(self.where, cache, what="hold layers of several lengths in")
         real = torch.ones_like(self.visual)
         if isinstance(mask, Tensor) and mask.dim() == 2:
             real = mask.bool()

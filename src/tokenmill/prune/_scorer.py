@@ -165,12 +165,7 @@ def train_scorer(
     Raises:
         LimitError: bad budget, steps, weights or data.
     """
-    if not 0 < budget < 1:
-        raise LimitError("train_scorer", "budget", budget, "a share in (0, 1)")
-    if steps < 1:
-        raise LimitError("train_scorer", "steps", steps, "at least 1")
-    if min(sharpen) < 0:
-        raise LimitError("train_scorer", "sharpen", sharpen, "two weights that are not negative")
+    _check_training(budget, steps, sharpen)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         scorer = VisionSelectorScorer(model.config.get_text_config().hidden_size, hidden).to(model.device)
@@ -194,6 +189,15 @@ def train_scorer(
     tenth = max(1, len(losses) // 10)
     first, last = (sum(part) / len(part) for part in (losses[:tenth], losses[-tenth:]))
     return scorer.eval(), ScorerTraining(steps, time.monotonic() - began, first, last)
+
+
+def _check_training(budget: float, steps: int, sharpen: tuple[float, float]) -> None:
+    if not 0 < budget < 1:
+        raise LimitError("train_scorer", "budget", budget, "a share in (0, 1)")
+    if steps < 1:
+        raise LimitError("train_scorer", "steps", steps, "at least 1")
+    if len(sharpen) != 2 or min(sharpen) < 0:
+        raise LimitError("train_scorer", "sharpen", sharpen, "two weights that are not negative")
 
 
 def _again(data: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
