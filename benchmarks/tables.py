@@ -284,9 +284,9 @@ def transplant() -> str:
     return _by_kind("transplant", "bits_per_byte", "rows", "bits a byte", 3)
 
 
-def guard() -> str:
+def guard(name: str = "guard") -> str:
     """What is flagged of clean and of encoded texts, and how well the score tells them apart."""
-    found = [line for line in lines("guard") if line["method"] != "plain"]
+    found = [line for line in lines(name) if line["method"] != "plain"]
     methods = by_method(found)
     rows = []
     for kind in dict.fromkeys(line["data"]["kind"] for line in found):
@@ -299,6 +299,11 @@ def guard() -> str:
         n = next(line["n"] for line in found if line["data"]["kind"] == kind)
         rows.append([kind, str(n), *shown])
     return table(["texts", "n", *(f"`{name}`, flagged" for name in methods)], rows) + provenance(found)
+
+
+def guard_tokens() -> str:
+    """The same for texts of 20 tokens or more."""
+    return guard("guard-tokens")
 
 
 def stochastok() -> str:
@@ -664,6 +669,7 @@ _TEXT = (tokenize, transplant, guard, stochastok, shorten, words, large_vocabula
 _MORE = (
     vocabulary_training,
     guard_languages,
+    guard_tokens,
     transplant_steps,
     guard_speed,
     supertokens,
