@@ -119,22 +119,24 @@ for part in ${*:-profile speed accepted spectr exactness toy constrain peer byte
     ;;
   vqa)
     for model in digits-llava digits-qwen2.5-vl; do
-      for keep in 0.5 0.25 0.125; do
+      for keep in 0.25 0.5 0.125; do
         methods=norm:keep=$keep,norm-diverse:keep=$keep,attention:keep=$keep
-        for seed in 0 1 2 3 4 5 6 7 8 9; do methods=$methods,random:keep=$keep:seed=$seed; done
+        seeds="0 1 2 3" tokens=1
+        if [ $keep = 0.25 ]; then seeds="0 1 2 3 4 5 6 7 8 9" tokens=2; fi
+        for seed in $seeds; do methods=$methods,random:keep=$keep:seed=$seed; done
         for method in divprune idpruner zoo-prune entropyprune entropyprune:layer=1 information-horizon todre vflowopt; do
           methods=$methods,$method:keep=$keep
         done
         methods=$methods,token-correlation-compression:max_tokens=$(python -c "print(int(64 * $keep))")
-        OMP_NUM_THREADS=1 tokenmill bench vqa --model $model --limit 250 --methods $methods --out runs/vqa
+        OMP_NUM_THREADS=1 tokenmill bench vqa --model $model --limit 250 --new-tokens $tokens --methods $methods --out runs/vqa
       done
     done
     for tokens in 32 16 8; do
       keep=$(python -c "print($tokens / 64)")
-      OMP_NUM_THREADS=1 tokenmill bench vqa --model pages-llava --limit 500 --out runs/vqa \
+      OMP_NUM_THREADS=1 tokenmill bench vqa --model pages-llava --limit 500 --new-tokens 1 --out runs/vqa \
         --methods random:keep=$keep,norm:keep=$keep,norm-diverse:keep=$keep,attention:keep=$keep,divprune:keep=$keep,zoo-prune:keep=$keep,todre:keep=$keep,vflowopt:keep=$keep,token-correlation-compression:max_tokens=$tokens
     done
-    OMP_NUM_THREADS=1 tokenmill bench vqa --model pages-llava --limit 500 --out runs/vqa --methods token-correlation-compression
+    OMP_NUM_THREADS=1 tokenmill bench vqa --model pages-llava --limit 500 --new-tokens 1 --out runs/vqa --methods token-correlation-compression
     keep_means vqa
     ;;
   prune-speed) python benchmarks/prune_speed.py ;;
