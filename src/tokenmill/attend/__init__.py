@@ -1,0 +1,7 @@
+"""Let attention read fewer tokens: methods that choose which, and what they share. Names load on first use."""
+
+from __future__ import annotations
+
+from tokenmill.catalog import lazy
+
+__getattr__, __dir__ = lazy(__name__, {})
