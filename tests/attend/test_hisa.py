@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DeepseekV32Config, DeepseekV32ForCausalLM, GlmMoeDsaConfig, GlmMoeDsaForCausalLM
 
+import tokenmill as tm
 from tokenmill.attend.hisa import HISA, BlockKeys, hisa_select
 from tokenmill.errors import LimitError, UnsupportedError
 
@@ -42,11 +42,8 @@ def sets(index: Tensor, seen: Tensor) -> list[list[set[int]]]:
 
 
 def wanted(scores: Tensor, k: int) -> list[list[set[int]]]:
-    best = scores.topk(min(k, scores.shape[-1]), dim=-1)
-    return [
-        [{i for i, v in zip(at.tolist(), value.tolist(), strict=True) if v > -torch.inf} for at, value in zip(*pair)]
-        for pair in zip(best.indices, best.values, strict=True)
-    ]
+    best = scores.topk(min(k, scores.shape[-1]), dim=-1).indices
+    return sets(best, scores > -torch.inf)
 
 
 def by_hand(
@@ -138,7 +135,7 @@ def test_recall_never_falls_as_blocks_grow() -> None:
     q, k, w = made(2, queries=60, keys=60)
     valid = causal(2, 60, 60)
     target = wanted(flat(q, k, w), 6)
-    before = [[-1] * 60 for _ in range(2)]
+    before, ours = [[-1] * 60 for _ in range(2)], target
     for blocks in range(2, 17):
         ours = sets(hisa_select(q, k, w, block_size=4, top_blocks=blocks, top_k=6), valid)
         now = [[len(a & b) for a, b in zip(*rows, strict=True)] for rows in zip(ours, target, strict=True)]
@@ -166,9 +163,7 @@ def test_equal_keys_inside_blocks_give_the_flat_indexers_scores() -> None:
     repeated = k.repeat_interleave(4, 1)
     ours = hisa_select(q, repeated, w, block_size=4, top_blocks=4, top_k=8)
     scores = flat(q, repeated, w)
-    assert torch.equal(
-        scores.gather(-1, ours.long()).sort(-1).values, scores.topk(8, dim=-1).values.sort(-1).values
-    )
+    assert torch.equal(scores.gather(-1, ours.long()).sort(-1).values, scores.topk(8, dim=-1).values.sort(-1).values)
 
 
 @pytest.mark.prop("hisa", 9)
@@ -185,7 +180,7 @@ def test_portions_of_any_size_choose_the_same_keys() -> None:
             found.append(hisa_select(q[:, part], k[:, : at + n], w[:, part], index=index, **settings))
             at += n
         valid = causal(2, 30, 30)
-        together = [sum(rows, []) for rows in zip(*(sets(f, v) for f, v in zip(found, valid.split(portions, 1), strict=True)))]
+        together = sets(torch.cat([torch.nn.functional.pad(f, (0, 6 - f.shape[-1])) for f in found], 1), valid)
         assert together == sets(once, valid)
 
 
@@ -267,7 +262,7 @@ def test_pooled_keys_follow_crops_and_rows(pool: Any) -> None:
 )
 def test_bad_budgets_are_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(LimitError, match=words):
-        hisa_select(*made(0), **settings)
+        hisa_select(*made(0), None, **settings)
 
 
 def test_shapes_that_do_not_fit_are_refused_and_no_queries_give_no_keys() -> None:
@@ -284,47 +279,7 @@ def test_shapes_that_do_not_fit_are_refused_and_no_queries_give_no_keys() -> Non
 
 @cache
 def model_of(kind: str, attn: str = "sdpa") -> Any:
-    settings: dict[str, Any] = {
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "moe_intermediate_size": 16,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "first_k_dense_replace": 3,
-        "n_group": 1,
-        "topk_group": 1,
-        "q_lora_rank": 16,
-        "kv_lora_rank": 16,
-        "qk_rope_head_dim": 8,
-        "qk_nope_head_dim": 8,
-        "v_head_dim": 8,
-        "index_n_heads": 16,  # with few, keys that every head turns away tie at zero
-        "index_head_dim": 16,
-        "index_topk": TOP_K,
-        "pad_token_id": 0,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "max_position_embeddings": 256,
-    }
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        if kind == "deepseek_v32":
-            config: Any = DeepseekV32Config(**settings)
-            config._attn_implementation = attn
-            built: Any = DeepseekV32ForCausalLM(config)
-        else:
-            config = GlmMoeDsaConfig(**settings)
-            config._attn_implementation = attn
-            built = GlmMoeDsaForCausalLM(config)
-        with torch.no_grad():
-            for weight in built.parameters():
-                if weight.dim() >= 2:
-                    weight.normal_(std=weight[0].numel() ** -0.5)
-    return built.eval()
+    return tm.models.tiny(kind, attn=attn, layers=3)
 
 
 def prompt(rows: int = 2, length: int = 40) -> dict[str, Tensor]:
@@ -384,7 +339,7 @@ def test_prefill_in_portions_and_decoding_equal_one_forward(kind: str) -> None:
                 cache, at = out.past_key_values, at + n
                 found.append(out.logits)
             real = inputs["attention_mask"].bool()
-            assert torch.allclose(torch.cat(found, 1)[real], whole[real], atol=1e-5)
+            assert torch.allclose(torch.cat(found, 1)[real], whole[real], atol=1e-5, rtol=1e-4)
 
 
 def test_crop_and_reorder_equal_a_fresh_run() -> None:
@@ -432,9 +387,10 @@ def test_the_model_is_left_as_it_was(kind: str) -> None:
     model = model_of(kind)
     before = list(dict(model.named_modules()))
     with pytest.raises(RuntimeError, match="stop"), HISA(block_size=4, top_blocks=2).attach(model):
-        assert list(dict(model.named_modules())) != before
         raise RuntimeError("stop")
     assert list(dict(model.named_modules())) == before
+    with HISA(block_size=4, top_blocks=2).attach(model):
+        assert list(dict(model.named_modules())) != before
 
 
 def test_fewer_keys_are_scored_than_by_the_flat_indexer() -> None:
@@ -449,10 +405,9 @@ def test_fewer_keys_are_scored_than_by_the_flat_indexer() -> None:
 
 
 def test_what_cannot_work_is_refused() -> None:
-    import tokenmill as tm
-
-    with pytest.raises(LimitError, match="top_blocks \\* block_size = 4"), HISA(block_size=2, top_blocks=2).attach(
-        model_of("deepseek_v32")
+    with (
+        pytest.raises(LimitError, match="top_blocks \\* block_size = 4"),
+        HISA(block_size=2, top_blocks=2).attach(model_of("deepseek_v32")),
     ):
         pass
     with pytest.raises(UnsupportedError, match="index keys"), HISA().attach(tm.models.tiny("llama")):

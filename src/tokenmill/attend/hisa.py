@@ -120,9 +120,10 @@ def hisa_select(
     if not q.shape[1]:
         return torch.empty(len(q), 0, min(top_k, k.shape[1]), dtype=torch.int32, device=q.device)
     if index is None:
-        if first is None:
-            first = first_real(valid, len(k)) if valid is not None else torch.zeros(len(k), dtype=torch.long)
-        index = BlockKeys.empty(first.to(k.device), k.shape[-1], block_size, pool)
+        begin = first
+        if begin is None:
+            begin = first_real(valid, len(k)) if valid is not None else torch.zeros(len(k), dtype=torch.long)
+        index = BlockKeys.empty(begin.to(k.device), k.shape[-1], block_size, pool)
         index.append(k)
     parts = select(
         q,
@@ -179,7 +180,9 @@ class HISA:
     pool: Pool = "mean"
 
     def __post_init__(self) -> None:
-        check_budget("HISA", self.block_size, self.top_blocks, 1 if self.keep is None else self.keep, self.forced)
+        if self.keep is not None and (isinstance(self.keep, bool) or not isinstance(self.keep, int) or self.keep < 1):
+            raise LimitError("HISA", "keep", self.keep, "an int of at least 1, or None")
+        check_budget("HISA", self.block_size, self.top_blocks, self.keep or 1, self.forced)
         if self.pool not in POOLS:
             raise unknown_name("HISA", "pool", self.pool, POOLS)
         if self.compression is not None and not self.compression >= 1:

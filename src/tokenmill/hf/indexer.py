@@ -1,4 +1,4 @@
-"""The indexer of DeepSeek sparse attention: its queries, keys and gates, and a cache layer with pooled keys beside them.
+"""The indexer of DeepSeek sparse attention: its queries, keys and gates, and a cache layer for pooled keys beside them.
 
 DeepSeek-V3.2 and GLM-5 (``deepseek_v32``, ``glm_moe_dsa``) choose the keys of a query by a small module of each layer,
 ``self_attn.indexer``, which this gives access to and lets somebody replace.
