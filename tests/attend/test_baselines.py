@@ -8,7 +8,8 @@ from torch import Tensor
 
 from tokenmill import attend, hf
 from tokenmill.attend import _session
-from tokenmill.attend._baselines import Pages, page_bound, window_scores
+from tokenmill.attend._baselines import Pages, page_bound
+from tokenmill.attend._gather import window_scores
 from tokenmill.errors import LimitError, UnsupportedError
 
 from .methods import IDS, KINDS, PADDING, model, run, steps

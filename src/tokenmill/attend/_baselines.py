@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tokenmill.attend._gather import assemble, grouped, heads, sparse_attend, take, top_indices
+from tokenmill.attend._gather import assemble, grouped, heads, sparse_attend, take, top_indices, window_scores
 from tokenmill.attend._session import Answer, Reading, SparseAttention
 from tokenmill.budget import check, to_count
 from tokenmill.errors import LimitError, unknown_name
@@ -47,7 +47,7 @@ class OracleTopK(SparseAttention):
         score = grouped(query, key).masked_fill(~seen, -torch.inf)  # (B, H, q, end)
         index = top_indices(score, min(to_count("OracleTopK", self.keep, end), end))
         reading.count_scored(key[..., 0].numel(), rows=len(query))
-        reading.count_read(index[:, :, -1].numel(), end=end)
+        reading.count_read(index[:, :, -1].numel(), end=end, heads=query.shape[1])
         chosen = torch.zeros_like(score, dtype=torch.bool).scatter(-1, index, True) & seen
         return _by_head(reading, query, key, reading.value[:, :, :end], seen=chosen)
 
@@ -218,23 +218,6 @@ class SnapKV(SparseAttention):
         return torch.cat([index, window[:, None].expand(-1, groups, -1)], -1)
 
 
-def window_scores(query: Tensor, key: Tensor, seen: Tensor, *, scaling: float) -> Tensor:
-    """How much attention the last queries pay to each key.
-
-    Args:
-        query: (B, H, W, D), the last queries of a prompt.
-        key: (B, G, S, D).
-        seen: (B or 1, 1 or H, W, S) bool.
-        scaling: of the dot products.
-
-    Returns:
-        (B, H, S) float32, the mean of the softmaxes over the queries that see something.
-    """
-    logits = (grouped(query, key) * scaling).masked_fill(~seen, -torch.inf)
-    weights = logits.softmax(-1).nan_to_num(0.0)
-    return weights.sum(2) / seen.any(-1).sum(-1, keepdim=True).clamp_min(1)
-
-
 @dataclass(slots=True)
 class Pages:
     """Follower: the smallest and the largest value of each channel of each full page of keys.
@@ -350,7 +333,7 @@ class Quest(SparseAttention):
         slots = slots.clamp_max(reading.size - 1)
         inside = inside & valid[:, None].expand(-1, count, -1).gather(-1, slots)
         reading.count_scored(2 * low[..., 0].numel(), rows=batch)
-        reading.count_read(slots.numel(), end=reading.size)
+        reading.count_read(slots.numel(), end=reading.size, heads=count)
         out = _by_head(reading, reading.query, reading.key, reading.value, index=slots, seen=inside[:, :, None])
         return out.transpose(1, 2).contiguous(), None
 

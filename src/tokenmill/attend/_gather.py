@@ -113,6 +113,31 @@ def sparse_attend(
     return (weights.reshape(b, g, h // g * q, n) @ value).reshape(b, h, q, value.shape[-1])
 
 
+def window_scores(query: Tensor, key: Tensor, seen: Tensor, *, scaling: float) -> Tensor:
+    """How much attention the last queries pay to each key.
+
+    Args:
+        query: (B, H, W, D), the last queries of a prompt.
+        key: (B, G, S, D).
+        seen: (B or 1, 1 or H, W, S) bool.
+        scaling: of the dot products.
+
+    Returns:
+        (B, H, S) float32, the mean of the softmaxes over the queries that see something.
+    """
+    b, h, w, d = query.shape
+    g = key.shape[1]
+    parts = []
+    # One KV head at a time: the matrix of all heads would be the largest tensor of the layer.
+    for one in range(g):
+        rows = query.reshape(b, g, h // g, w, d)[:, one]
+        mask = seen if seen.shape[1] == 1 else seen.reshape(seen.shape[0], g, h // g, w, -1)[:, one]
+        logits = (grouped(rows, key[:, one : one + 1]) * scaling).masked_fill(~mask, -torch.inf)
+        weights = logits.softmax(-1).nan_to_num(0.0)
+        parts.append(weights.sum(2) / mask.any(-1).sum(-1, keepdim=True).clamp_min(1))
+    return torch.cat(parts, 1)
+
+
 def assemble(
     n_init: int,
     idx: Tensor,

@@ -256,11 +256,14 @@ class Reading:
         options = {**self.options, "scaling": scaling}
         return self.call.inner(self.module, query, key, value, seen, **options)[0].transpose(1, 2)
 
-    def count_read(self, keys: int, *, end: int | None = None) -> None:
-        """Write down that attention read ``keys`` keys, chosen among ``end`` slots (``None``: all of them)."""
+    def count_read(self, keys: int, *, end: int | None = None, heads: int | None = None) -> None:
+        """Write down that attention read ``keys`` keys, chosen among ``end`` slots (``None``: they are all).
+
+        ``heads`` is how many heads chose a set of their own, by default the KV heads.
+        """
         trace = self.trace
         trace.keys_read += keys
-        trace.keys_dense += keys if end is None else self.key.shape[0] * self.key.shape[1] * end
+        trace.keys_dense += keys if end is None else self.key.shape[0] * (heads or self.key.shape[1]) * end
         trace.sparse_calls += end is not None
         trace.dense_calls += end is None
         trace.bytes_read += keys * (self.key.shape[3] + self.value.shape[3]) * self.key.element_size()
@@ -280,6 +283,7 @@ class SparseAttention:
     """
 
     layers: tuple[int, ...] | None = None
+    causal = True  # whether what a token gets depends on earlier tokens only
     needs_rotary = False  # whether keys are moved to other positions
     by_head = False  # whether query heads that share a KV head choose apart
 
