@@ -51,7 +51,7 @@ CARD = Card(
     api=("TokenSparseAttention", "profile_drift", "choose_layers"),
     exact=False,
     trains=False,
-    task="generate",
+    task="long-context",
     works_with=("llama", "qwen2", "gemma3_text"),
     differs=(
         "batches work: each row counts for itself, and all rows keep as many tokens as the neediest one",

@@ -54,7 +54,7 @@ CARD = Card(
     api=("TokenSelect", "SelectionCache"),
     exact=False,
     trains=False,
-    task="generate",
+    task="long-context",
     works_with=("llama", "qwen2", "gemma3_text"),
     differs=(
         "query head h votes on KV head h // (H // G); the authors' kernel pairs it with h % G",
