@@ -194,7 +194,8 @@ def select(
     wide = min(top_blocks, pooled.shape[1]) + 2
     rows = tile if tile is not None else max(1, _TILE // (batch * wide * size * k.shape[-1]))
     inner = torch.arange(size, device=k.device)
-    item = torch.arange(batch, device=k.device)[:, None, None]
+    rows_of = torch.arange(batch, device=k.device)[:, None, None] * total  # in the keys of all items, one by one
+    flat = k.flatten(0, 1)
     for start in range(0, queries, rows):
         part = slice(start, min(start + rows, queries))
         own = torch.arange(total - queries + part.start, total - queries + part.stop, device=k.device)  # (R,)
@@ -206,7 +207,8 @@ def select(
         at = at.flatten(2).clamp_max(total - 1)  # (B, R, C * size)
         if valid is not None:
             seen &= valid[:, part].expand(batch, -1, -1).gather(-1, at)
-        scores = gated(mine, k[item, at], gates, score_fn).masked_fill(~seen, -torch.inf)
+        theirs = flat.index_select(0, (at + rows_of).flatten()).view(*at.shape, -1)  # (B, R, C * size, d)
+        scores = gated(mine, theirs, gates, score_fn).masked_fill(~seen, -torch.inf)
         best = scores.topk(min(kept, scores.shape[-1]), dim=-1)
         counts = best.values > -torch.inf
         chosen = torch.where(counts, at.gather(-1, best.indices), own[:, None])
