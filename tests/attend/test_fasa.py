@@ -47,7 +47,8 @@ def method(**settings: Any) -> attend.FASA:
 
 def glm() -> Any:
     """Half of the channels are rotated, in pairs of neighbours."""
-    config = GlmConfig(
+    make: Any = GlmConfig  # which takes more than its signature says
+    config = make(
         vocab_size=64,
         hidden_size=32,
         intermediate_size=48,
@@ -128,9 +129,9 @@ def test_agreement_is_a_share_that_ignores_scale_order_and_constants() -> None:
     order = torch.randperm(50, generator=torch.Generator().manual_seed(2))
     assert torch.equal(agreement(query, keys[:, :, order], channels, 9), found)
     # A constant on all scores: a channel that every key shares.
-    both = [torch.cat([x, torch.full((*x.shape[:-1], 2), c)], -1) for x, c in ((query, 3.0), (keys, 1.0))]
+    asked, given = (torch.cat([x, torch.full((*x.shape[:-1], 2), c)], -1) for x, c in ((query, 3.0), (keys, 1.0)))
     wide = torch.cat([channels, torch.tensor([[8, 9]])])
-    assert torch.equal(agreement(*both, wide, 9)[..., :4], found)
+    assert torch.equal(agreement(asked, given, wide, 9)[..., :4], found)
     # Scores that have nothing to do with each other agree in k / S.
     independent = agreement(draw(200, 4, 64, seed=3), draw(200, 4, 50, 64, seed=4), torch.arange(64)[:, None], 10)
     chance = float(independent.mean())
