@@ -33,6 +33,7 @@ def cases() -> dict[str, attend.SparseAttention]:
         "streaming original": attend.StreamingLLM(keep=9, n_sink=2, positions="original"),
         "snapkv": attend.SnapKV(keep=9, window=4, pool=3),
         "quest": attend.Quest(keep=8, page=4, min_pages=2, dense_layers=0),
+        "quest any page": attend.Quest(keep=8, page=4, min_pages=2, dense_layers=0, newest=False),
     }
 
 

@@ -192,7 +192,13 @@ def _dynamic() -> Any:
 
 
 def _mla() -> Any:
-    more = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    more: dict[str, Any] = {
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+    }
     return DeepseekV3ForCausalLM(DeepseekV3Config(**TINY, **more, first_k_dense_replace=2, n_routed_experts=8))
 
 

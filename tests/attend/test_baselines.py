@@ -145,8 +145,9 @@ def test_no_key_of_a_page_is_above_its_bound() -> None:
             assert real[inside, slot // 5].all()
 
 
+@pytest.mark.parametrize("newest", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_quest_reads_the_pages_with_the_highest_bounds(kind: str) -> None:
+def test_quest_reads_the_pages_with_the_highest_bounds(kind: str, newest: bool) -> None:
     def paged(reading: Any, row: int, head: int, query: int, visible: list[int]) -> list[int]:
         if reading.queries > 1:
             return visible
@@ -156,10 +157,12 @@ def test_quest_reads_the_pages_with_the_highest_bounds(kind: str) -> None:
         for page in {s // 4 for s in visible}:
             rows = reading.key[row, head // group, [s for s in visible if s // 4 == page]]
             bounds[page] = float(torch.maximum(q * rows.amin(0), q * rows.amax(0)).sum())
+        if newest:
+            bounds[(reading.size - 1) // 4] = torch.inf
         best = sorted(bounds, key=lambda p: (-bounds[p], p))[:3]
         return [s for s in visible if s // 4 in best]
 
-    twin = Twin(attend.Quest(keep=13, page=4, min_pages=2, dense_layers=0), paged)
+    twin = Twin(attend.Quest(keep=13, page=4, min_pages=2, newest=newest, dense_layers=0), paged)
     tiny = model(kind, layers=1)
     with twin.attach(tiny) as trace:
         steps(tiny, IDS, PADDING, 30)

@@ -12,7 +12,7 @@ from torch import Tensor
 from tokenmill import attend, hf
 from tokenmill.attend._baselines import Pages
 from tokenmill.attend.tokenselect import SelectionCache
-from tokenmill.hf.cache import keep_rows
+from tokenmill.hf.cache import keep_rows, record_past
 
 from .methods import IDS, KINDS, PADDING, SMALL, cases, model, run
 
@@ -47,9 +47,7 @@ def test_after_a_crop_it_goes_on_like_a_fresh_run(kind: str, name: str) -> None:
     for back in (1, 3):
         with CASES[name].attach(tiny):
             cache = filled(tiny)
-            for layer in cache.layers:
-                if hasattr(layer, "activate_past_recording"):
-                    layer.activate_past_recording()
+            record_past(cache)
             other = torch.flip(IDS, [1])
             for at in range(FILLED, FILLED + back):
                 run(tiny, other[:, at : at + 1], PADDING[:, : at + 1], cache=cache, at=at)
@@ -149,6 +147,16 @@ def test_a_selection_from_before_the_crop_stays(theta: float) -> None:
             assert torch.equal(new.index[kept], old.index[kept])
             assert torch.equal(new.since[kept], old.since[kept])
             assert again or bool(kept.all())
+
+
+def test_what_a_prompt_left_goes_with_the_prompt() -> None:
+    tiny = model("qwen2")
+    with attend.SnapKV(keep=9, window=4, pool=3).attach(tiny) as trace:
+        cache = filled(tiny)  # the prompt has 24 tokens
+        cache.crop(-8)
+        sparse = trace.sparse_calls
+        run(tiny, IDS[:, 22:23], PADDING[:, :23], cache=cache, at=22)
+    assert trace.sparse_calls == sparse, "a part of the prompt is not what it chose from"
 
 
 def test_pages_are_those_of_a_loop_whatever_happens() -> None:

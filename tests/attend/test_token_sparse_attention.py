@@ -303,6 +303,15 @@ def test_rows_stand_alone_and_padding_is_never_kept() -> None:
             assert ((wide[1] >= 9) | (wide[1] == -1)).all()
 
 
+def test_padding_beside_a_sink_is_not_kept_for_its_neighbours_sake() -> None:
+    query, key = torch.ones(1, 1, 40, 8), torch.zeros(1, 1, 40, 8)
+    key[..., 9, 0] = 60.0
+    idx = select(query, key, tau=0.5, min_tokens=2, valid=torch.arange(40)[None] >= 9)
+    assert idx is not None
+    assert {9, 10} < set(idx[0, 0].tolist())
+    assert int(idx.min()) == 9
+
+
 def test_a_row_keeps_what_the_neediest_one_keeps() -> None:
     flat, sharp = torch.zeros(1, 1, 40, 8), torch.zeros(1, 1, 40, 8)
     sharp[..., 5, 0] = 60.0

@@ -301,6 +301,7 @@ class Quest(SparseAttention):
         keep: share or count of the cached tokens, rounded down to pages.
         page: tokens of a page.
         min_pages: pages that are read at least.
+        newest: whether the page of the current token is always one of them.
         dense_layers: first layers of the model that read everything.
         layers: indices of the layers; None means all with full attention.
     """
@@ -308,6 +309,7 @@ class Quest(SparseAttention):
     keep: int | float = 1024
     page: int = 16
     min_pages: int = 3
+    newest: bool = True
     dense_layers: int = 2
     layers: tuple[int, ...] | None = None
     by_head = True
@@ -327,6 +329,8 @@ class Quest(SparseAttention):
         pages = reading.follower("quest", Pages, self.page) or Pages(self.page)
         low, high, real = pages.update(reading.key, valid)
         bound = page_bound(reading.query[:, :, 0], low, high).masked_fill(~real[:, None], -torch.inf)
+        if self.newest:
+            bound[..., -1] = torch.inf
         index = top_indices(bound, keep)  # (B, H, pages)
         slots = (index[..., None] * self.page + torch.arange(self.page, device=index.device)).flatten(2)
         inside = slots < reading.size  # the last page may be short

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -223,6 +223,11 @@ class Reading:
     def rotary(self) -> Rotary:
         """The rotation of this layer."""
         return self.session.rotaries[self.layer]
+
+    def on_device(self) -> Reading:
+        """The same call with keys and values where the queries are, for caches that keep them on the host."""
+        device = self.query.device
+        return replace(self, key=self.key.to(device), value=self.value.to(device))
 
     def dense(self) -> Answer:
         """What the layer would do without the method."""

@@ -285,7 +285,8 @@ def _short_mask(seen: Tensor, idx: Tensor) -> Tensor:
     batch, count, kept = idx.shape
     at = idx.clamp_min(0)
     rows = seen.expand(-1, count, -1, -1).gather(2, at[..., None].expand(-1, -1, -1, seen.shape[-1]))
-    short = rows.gather(3, at[:, :, None].expand(batch, count, kept, kept)) & (idx >= 0)[:, :, None]
+    # In place of a token that a row does not have stands its first slot, which is padding and hidden already.
+    short = rows.gather(3, at[:, :, None].expand(batch, count, kept, kept))
     return short | (torch.eye(kept, dtype=torch.bool, device=idx.device) & (idx < 0)[..., None])
 
 

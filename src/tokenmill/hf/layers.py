@@ -41,10 +41,26 @@ class _Column:
     value: Tensor
     dim: int
     end: int
+    store: Tensor | None = None  # room to grow: `value` is its first rows
 
     @property
     def start(self) -> int:
         return self.end - self.value.shape[self.dim]
+
+    def extend(self, more: Tensor) -> None:
+        """Append rows. Copying the whole at every token would cost as much as attention reads."""
+        dim, rows, new = self.dim, self.value.shape[self.dim], more.shape[self.dim]
+        if torch.is_grad_enabled() and (more.requires_grad or self.value.requires_grad):
+            self.value, self.store = torch.cat([self.value, more], dim=dim), None
+        else:
+            if self.store is None or self.store.shape[dim] < rows + new or not _writable(self.store):
+                shape = [*self.value.shape]
+                shape[dim] = rows + new + (rows + new) // 4
+                self.store = self.value.new_empty(shape)
+                self.store.narrow(dim, 0, rows).copy_(self.value)
+            self.store.narrow(dim, rows, new).copy_(more)
+            self.value = self.store.narrow(dim, 0, rows + new)
+        self.end += new
 
 
 class _TokenState:
@@ -101,8 +117,10 @@ class _TokenState:
             raise LimitError(where, f"{name}.shape[0]", value.shape[0], f"the cache's batch size {self.keys.shape[0]}")
         column = self._columns.get(name)
         if column is not None and missing < self._visible:
-            value = torch.cat([column.value, value], dim=dim)
-        self._columns[name] = _Column(value, dim, self._length())
+            column.extend(value)
+            value = column.value
+        else:
+            self._columns[name] = _Column(value, dim, self._length())
         return value.narrow(dim, value.shape[dim] - self._visible, self._visible)
 
     def state(self, name: str) -> Tensor:
@@ -216,7 +234,7 @@ class _TokenState:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> None:
         for column in self._columns.values():
-            column.value = change(column.value)
+            column.value, column.store = change(column.value), None
         for follower in self._followers.values():
             follower.each(change)
 
@@ -239,6 +257,8 @@ class _TokenState:
             if high <= low:
                 del self._columns[name]
             elif (low, high) != (column.start, column.end):
+                if low > column.start:
+                    column.store = None
                 column.value = column.value.narrow(column.dim, low - column.start, high - low)
                 column.end = high
 
@@ -304,6 +324,11 @@ def token_state(cache: Cache, layer_idx: int, *, visible: int | None = None) -> 
     made._visible = made._rows() if visible is None else visible
     cache.layers[layer_idx] = made
     return made
+
+
+def _writable(store: Tensor) -> bool:
+    """What was made in inference mode may be written in it only."""
+    return torch.is_inference_mode_enabled() or not store.is_inference()
 
 
 def _take(value: Tensor, index: Tensor, dim: int) -> Tensor:
