@@ -8,6 +8,7 @@ scores, ``streaming`` the first and the last ones, ``snapkv`` and ``quest`` are 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _WHERE = "bench long-context"
 RECALL = ("passkey", "pairs")
 _DIGITS = 5
+_RANKED = "fasa"  # needs the model before its settings are whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,9 +129,13 @@ class Task:
             UnsupportedError: a method of another task.
         """
         params, _ = read_spec(self.name, _BASELINES, spec)
-        found = MethodSpec(spec.slug, params)
-        self.method(found)
-        return found
+        if spec.slug == _RANKED:
+            from tokenmill.attend import fasa
+
+            dataclasses.replace(fasa.small(), **params)
+        else:
+            self.method(MethodSpec(spec.slug, params))
+        return MethodSpec(spec.slug, params)
 
     def method(self, spec: MethodSpec) -> Any:
         """The method of a spec; ``None`` for plain."""
@@ -147,6 +153,8 @@ class Task:
                 return attend.SnapKV(**params)
             case "quest":
                 return attend.Quest(**params)
+            case "fasa":
+                return attend.FASA(self._ranking, **params)
             case _:
                 return catalog.method(spec.slug)(**params)
 
@@ -200,11 +208,18 @@ class Task:
 
     def _texts(self, kind: str) -> list[list[int]]:
         """The tokens of ``limit`` held-out texts that are long enough, with those that are read behind the prompt."""
+        source, wanted = self._sources[kind], self.options.length + self.options.follow
+        found = self._long(source.texts.get("test", {}), wanted, kind)
+        if len(found) == self.options.limit:
+            return found
+        limit = f"at most {len(found)}, the texts of kind {kind} with {wanted} tokens"
+        raise LimitError(_WHERE, "limit", self.options.limit, limit, "Lower limit or length, or give longer texts.")
+
+    def _long(self, texts: Mapping[str, str], wanted: int, kind: str) -> list[list[int]]:
+        """The first ``wanted`` tokens of at most ``limit`` texts that have so many, in an order drawn with the seed."""
         _, tokenizer = self._loaded
-        texts = self._sources[kind].texts.get("test", {})
-        names = sorted(texts)
+        names, found = sorted(texts), []
         random.Random(f"{self.options.seed} {kind}").shuffle(names)
-        wanted, found = self.options.length + self.options.follow, []
         for name in names:
             # A token is a character at least, so shorter texts need not be encoded.
             if len(texts[name]) < wanted:
@@ -213,9 +228,22 @@ class Task:
             if len(ids) >= wanted:
                 found.append(ids[:wanted])
             if len(found) == self.options.limit:
-                return found
-        limit = f"at most {len(found)}, the texts of kind {kind} with {wanted} tokens"
-        raise LimitError(_WHERE, "limit", self.options.limit, limit, "Lower limit or length, or give longer texts.")
+                break
+        return found
+
+    @cached_property
+    def _ranking(self) -> Any:
+        """Frequencies of the model for FASA, measured once on a text that is in no prompt."""
+        import torch
+
+        from tokenmill.attend import calibrate
+
+        model, _ = self._loaded
+        kind, source = next(iter(self._sources.items()))
+        texts = self._long(source.texts.get("train", {}), self.options.length, kind)
+        if not texts:
+            raise LimitError(_WHERE, "length", self.options.length, f"at most the tokens of a training text of {kind}")
+        return calibrate(model, torch.tensor(texts[:1]), k=min(256, self.options.length // 4), max_new_tokens=16)
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
