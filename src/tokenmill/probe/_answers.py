@@ -7,7 +7,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,7 +32,10 @@ class Reply:
 
 
 class Answerer(Protocol):
-    """Whoever can be asked: `name` tells models apart in files, `at_once` prompts are given together."""
+    """Whoever can be asked: `name` tells models apart in files, `at_once` prompts are given together.
+
+    An error that leaves some prompts answered may hold the replies in ``.partial``, with None for the others.
+    """
 
     name: str
     at_once: int
@@ -110,7 +113,8 @@ def answerer(model: Any, tokenizer: Any = None, *, batch_size: int = 1) -> Answe
         return Local(model, tokenizer, batch_size=batch_size)
     if callable(model):
         return _Function(model)
-    raise LimitError("needle-threading", "model", type(model).__name__, "a model with generate, an Endpoint, a function")
+    limit = "a model with generate, an Endpoint, or a function"
+    raise LimitError("needle-threading", "model", type(model).__name__, limit)
 
 
 def room(example: Example) -> int:
@@ -156,19 +160,19 @@ def run(
     found: list[Answer] = []
     for batch in _batches(examples, asked.at_once, max_new_tokens):
         keys = [key_of(asked.name, example, _limit(example, max_new_tokens)) for example in batch]
-        new = [(key, example) for key, example in zip(keys, batch, strict=True) if key not in known]
+        new = {key: example for key, example in zip(keys, batch, strict=True) if key not in known}
         if new:
-            try:
-                made = _ask(asked, new, _limit(batch[0], max_new_tokens))
-            except TokenmillError as error:
-                found += [known[key] for key in keys if key in known]
-                message = f"needle-threading: stopped after {len(found)} examples: {error}"
-                raise StoppedError(message, partial=found) from error
+            made, fault = _ask(asked, new, _limit(batch[0], max_new_tokens))
             for answer in made:
                 known[answer.key] = answer
                 if file is not None:
                     _append(file, answer)
-        found += [known[key] for key in keys]
+            if fault is not None:
+                found += [_told(known[key], e) for key, e in zip(keys, batch, strict=True) if key in known]
+                said = str(fault) if isinstance(fault, TokenmillError) else f"{type(fault).__name__}: {fault}"
+                message = f"needle-threading: stopped after {len(found)} examples: {said}"
+                raise StoppedError(message, partial=found) from fault
+        found += [_told(known[key], example) for key, example in zip(keys, batch, strict=True)]
         if progress is not None:
             progress(len(found), total)
     return found
@@ -185,22 +189,34 @@ def _batches(examples: Iterable[Example], size: int, given: int | None) -> Itera
             yield batch
 
 
-def _ask(asked: Answerer, new: Sequence[tuple[str, Example]], limit: int) -> list[Answer]:
-    began = time.perf_counter()
-    replies = asked.answer([example.prompt for _, example in new], limit)
+def _told(answer: Answer, example: Example) -> Answer:
+    """The answer under the example's own number and columns: examples may ask the same, and suites be put together."""
+    return replace(answer, id=example.id, meta=dict(example.meta))
+
+
+def _ask(asked: Answerer, new: Mapping[str, Example], limit: int) -> tuple[list[Answer], Exception | None]:
+    """The answers that came, and what stopped the others."""
+    began, fault = time.perf_counter(), None
+    try:
+        replies: Sequence[Reply | None] = asked.answer([example.prompt for example in new.values()], limit)
+    except Exception as error:  # noqa: BLE001 - whatever stops it, what has been answered is kept
+        fault = error
+        replies = getattr(error, "partial", None) or [None] * len(new)
     seconds = (time.perf_counter() - began) / len(new)
     made = []
-    for (key, example), reply in zip(new, replies, strict=True):
+    for (key, example), reply in zip(new.items(), replies, strict=True):
+        if reply is None:
+            continue
         scored = score(example, reply.text)
         about = (key, asked.name, example.id, example.task, len(example.haystack), dict(example.meta))
         said = (reply.text, scored.parsed, scored.correct, scored.wrong, reply.error)
         made.append(Answer(*about, *said, reply.prompt_tokens, reply.tokens, reply.cut, seconds))
-    return made
+    return made, fault
 
 
 def key_of(model: str, example: Example, max_new_tokens: int) -> str:
     """What makes two questions the same one: who is asked what, with which answer in mind, and how long it may get."""
-    about = json.dumps([model, example.prompt, example.values, max_new_tokens])
+    about = json.dumps([model, example.task, example.prompt, example.values, max_new_tokens])
     return hashlib.sha256(about.encode()).hexdigest()[:24]
 
 

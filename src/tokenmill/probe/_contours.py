@@ -65,9 +65,7 @@ def contour(answers: Iterable[Answer], along: str, threshold: float = 0.75) -> d
     return {place: crossing(curve, threshold) for place, curve in surface(answers, along).items()}
 
 
-def effective_context(
-    answers: Iterable[Answer], threshold: float = 0.75, *, along: str = "", at: Any = None
-) -> float:
+def effective_context(answers: Iterable[Answer], threshold: float = 0.75, *, along: str = "", at: Any = None) -> float:
     """The effective context of one task, in characters of haystack.
 
     Args:

@@ -16,8 +16,7 @@ import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from email.message import Message
-from typing import IO, Any, Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from tokenmill.errors import LimitError, TokenmillError
@@ -46,9 +45,7 @@ class _AgainError(Exception):
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     """A redirect could carry the key to another host, so it is an error."""
 
-    def redirect_request(
-        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Message, newurl: str
-    ) -> None:
+    def redirect_request(self, *_: Any) -> None:
         return None
 
 
@@ -131,10 +128,21 @@ class Endpoint:
         """One reply a prompt, in order.
 
         Raises:
-            EndpointError: the server could not be asked, or did not answer after all tries.
+            EndpointError: the server could not be asked, or did not answer after all tries; `.partial` holds a reply
+                for each prompt that was answered all the same, and None for the others.
         """
+        replies: list[Reply | None] = []
+        fault: EndpointError | None = None
         with ThreadPoolExecutor(max_workers=self.workers) as pool:
-            return list(pool.map(lambda prompt: self._one(prompt, max_new_tokens), prompts))
+            for job in [pool.submit(self._one, prompt, max_new_tokens) for prompt in prompts]:
+                try:
+                    replies.append(job.result())
+                except EndpointError as error:
+                    replies.append(None)
+                    fault = fault or error
+        if fault is not None:
+            raise EndpointError(str(fault), partial=replies) from fault
+        return [reply for reply in replies if reply is not None]
 
     def _one(self, prompt: str, max_new_tokens: int) -> Reply:
         chat = self.mode == "chat"
@@ -161,7 +169,7 @@ class Endpoint:
         raise AssertionError("the last try returns or raises")
 
     def _request(self, path: str, body: dict[str, Any] | None) -> dict[str, Any] | Reply:
-        key = os.environ.get(self.key_variable, "")
+        key = self._key()
         headers = {"Accept": "application/json", "User-Agent": "tokenmill"}
         data = None
         if body is not None:
@@ -185,7 +193,7 @@ class Endpoint:
             raise _AgainError(f"{type(reason).__name__}: {reason}".rstrip(": ")) from None
         try:
             got = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise _AgainError("the response is not JSON") from None
         if not isinstance(got, dict):
             raise _AgainError("the response is not a JSON object")
@@ -204,6 +212,13 @@ class Endpoint:
             return Reply(error=text)
         hint = f" Is {self.key_variable} set?" if error.code in (401, 403) else ""
         raise EndpointError(f"{self._place(path)}: {text}.{hint}")
+
+    def _key(self) -> str:
+        """The key of the environment; what no header can hold is refused here, since http.client would print it."""
+        key = os.environ.get(self.key_variable, "").strip()
+        if not (key.isascii() and key.isprintable()):
+            raise EndpointError(f"the key in {self.key_variable} holds characters that no HTTP header can")
+        return key
 
     def _opener(self) -> urllib.request.OpenerDirector:
         local = urlsplit(self.url).hostname in _LOOPBACK
@@ -258,7 +273,7 @@ def _message(body: bytes) -> str:
         held = json.loads(text)
         error = held.get("error", held)
         text = str(error.get("message", error)) if isinstance(error, dict) else str(error)
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         pass  # not JSON: the text itself
     return " ".join(text.split())[:300]
 

@@ -60,7 +60,7 @@ class Example:
 
     @property
     def ordered(self) -> bool:
-        """Whether the order of the answer counts: it does where keys are listed, and not where all of a set is asked."""
+        """Whether the order of the answer counts: where keys are listed, not where all of a set is asked."""
         return self.task != "conditional" and self.meta.get("branches") != "all"
 
     def row(self) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def _example(where: str, line: str) -> Example:
         lists = {name: [row[name]] if isinstance(row[name], str) else list(row[name]) for name in ("keys", "values")}
         content = json.loads(strings["haystack"])
         number = int(row["id"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         limit = "a JSON object with id, haystack (itself JSON), question, keys, values"
         raise LimitError(where, "line", line[:60].strip(), limit, f"{type(error).__name__}: {error}") from error
     plain = isinstance(content, dict) and all(isinstance(v, str) for v in content.values())

@@ -43,7 +43,7 @@ def haystack(n: int, seed: int = 0) -> str:
 def draw(rng: random.Random, n: int, k: int) -> list[int]:
     """k of n numbers without replacement, in the order of the draw.
 
-    It uses `Random.random` alone, whose sequence Python promises to keep; `sample` and `shuffle` come without a promise.
+    It uses `Random.random` alone, whose sequence Python promises to keep; `sample` and `shuffle` have no such promise.
     """
     pool = list(range(n))
     for at in range(k):

@@ -6,6 +6,7 @@ so that the haystack's bytes do not depend on what is asked, and forward and bac
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from dataclasses import dataclass
@@ -183,7 +184,7 @@ class Threading:
         drawn = draw(rng, len(made), self.pairs_needed)
         chains = [in_direction(drawn[i :: self.threads], self.direction) for i in range(self.threads)]
         for chain in chains:
-            for at, after in zip(chain, chain[1:], strict=False):
+            for at, after in itertools.pairwise(chain):
                 made[at] = (made[at][0], made[after][0])
         return made, [made[chain[0]][0] for chain in chains], [made[chain[-1]][1] for chain in chains]
 
@@ -279,7 +280,8 @@ class Branched(Threading):
         return Threading.columns(self) | {"branching_factor": self.branching_factor, "branches": self.branches}
 
 
-KINDS: dict[str, Any] = {kind.task: kind for kind in (Single, Multiple, Conditional, Threading, MultiThreading, Branched)}
+_ALL = (Single, Multiple, Conditional, Threading, MultiThreading, Branched)
+KINDS: dict[str, Any] = {kind.task: kind for kind in _ALL}
 
 
 def in_direction(positions: list[int], direction: str) -> list[int]:

@@ -100,7 +100,7 @@ CARD = Card(
     differs=(
         "values are read out of an answer by rule, where the authors let another model do it",
         "the published rows give the wording of the single needle alone; the other questions follow it",
-        "answers may be as long as the values that are asked for, where 100 tokens cut a list of four off",
+        "answers may be as long as the values that are asked for, where 100 tokens cut a list of five off",
         "a branch's key is the value and a number, since the keys of a JSON object are unique",
         "which seeds the published rows of later repeats took is not known; here it is the repeat's number",
     ),
@@ -112,7 +112,7 @@ CARD = Card(
     ),
 )
 PAPER_CONTEXTS = (2000, 4160, 8320, 16720, 33440, 53440, 106880, 214000, 309000, 417520, 835040, 1052160)
-"""Characters of 1.2k to 630k tokens of LLaMA 3.1; 2,000, 214,000 and 309,000 are the paper's, the others at its rate."""
+"""Characters of 1.2k to 630k tokens of LLaMA 3.1; 2,000, 214,000 and 309,000 are the paper's, others at its rate."""
 
 
 def generate(
@@ -197,7 +197,7 @@ class NeedleThreading:
 
     Points of a grid that need more pairs than a context has are left out of that context. The haystack of a context
     and repeat is the same for all points, as published; with `fresh` each example has its own, so that a server's
-    prefix cache cannot help.
+    prefix cache cannot help. Depths that are closer than a pair ask the same question, which is asked once.
 
     Attributes:
         tasks: which of single, multiple, conditional, threading, multi-threading, branched.
@@ -285,9 +285,7 @@ class NeedleThreading:
                         yield _made(point, _pairs_in(point, context), seed, number=number, repeat=repeat)
                         number += 1
 
-    def run(
-        self, model: Any, tokenizer: Any = None, *, out: str | Path | None = None, **how: Any
-    ) -> list[Answer]:
+    def run(self, model: Any, tokenizer: Any = None, *, out: str | Path | None = None, **how: Any) -> list[Answer]:
         """Ask a model the whole suite; see `run`."""
         return run(model, tokenizer, self.suite(), out=out, **how)
 

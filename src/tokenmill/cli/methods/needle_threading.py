@@ -52,7 +52,7 @@ def command(
     threads: Annotated[str, typer.Option(help="How many threads at once.")] = "2",
     branching: Annotated[str, typer.Option(help="Branches of each step of a branched thread.")] = "2",
     branches: Annotated[str, typer.Option(help="What is asked of it: final, all.")] = "final",
-    fresh: Annotated[bool, typer.Option("--fresh", help="A haystack for each question, against prefix caches.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="A haystack of its own for each question.")] = False,
     seed: Annotated[int, typer.Option(help="Of the first haystack.")] = 0,
     data: Annotated[Path | None, typer.Option(help="Your own examples (JSON lines) in place of new ones.")] = None,
     examples: Annotated[Path | None, typer.Option(help="Write the examples there (JSON lines).")] = None,
@@ -141,7 +141,8 @@ def _endpoint(
     if not served:
         names = Endpoint(url, **how).served()
         if len(names) != 1:
-            raise LimitError(_WHERE, "served", "", f"one of {', '.join(names) or 'its models'}", "Name it with --served.")
+            known = ", ".join(names) or "(the endpoint lists none)"
+            raise LimitError(_WHERE, "served", "", f"one of {known}", "Name it with --served.")
         served = names[0]
     return Endpoint(url, served, **how)
 
@@ -151,8 +152,7 @@ def _local(name: str, dtype: str, device: str, template: Any, batch_size: int) -
     from tokenmill.probe import Local
 
     loaded, tokenizer = models.load(name, dtype=dtype, device=device)
-    made = Local(loaded, tokenizer, batch_size, template, name=f"{name}, {dtype}, {template}")
-    return made
+    return Local(loaded, tokenizer, batch_size, template, name=f"{name}, {dtype}, {template}")
 
 
 def _tokenizers(text: str) -> dict[str, Any]:
@@ -211,9 +211,7 @@ class _Done:
         from tokenmill.probe.needle_threading import run
 
         with _progress(quiet=quiet) as progress:
-            self.answers = run(
-                asked, None, self.suite, out=self.file, max_new_tokens=max_new_tokens, progress=progress
-            )
+            self.answers = run(asked, None, self.suite, out=self.file, max_new_tokens=max_new_tokens, progress=progress)
         errors = [a.error for a in self.answers if a.error]
         if len(errors) == len(self.answers):
             raise FailedError(f"{_WHERE}: not one of {len(errors)} examples was answered: {errors[0]}")
