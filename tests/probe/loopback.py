@@ -45,7 +45,7 @@ def serving(answer: Callable[[str], str | None], *faults: str, **more: Any) -> G
     state = Served(answer, list(faults), **more)
 
     class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_: Any) -> None:
+        def log_message(self, *_: Any, **__: Any) -> None:
             """Nothing is printed."""
 
         def do_GET(self) -> None:
@@ -101,7 +101,7 @@ def serving(answer: Callable[[str], str | None], *faults: str, **more: Any) -> G
             self.wfile.write(data)
 
     class Quiet(ThreadingHTTPServer):
-        def handle_error(self, *_: Any) -> None:
+        def handle_error(self, *_: Any, **__: Any) -> None:
             """A client that hangs up is part of the test."""
 
     server = Quiet(("127.0.0.1", 0), Handler)

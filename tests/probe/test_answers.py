@@ -142,7 +142,9 @@ def test_who_cannot_be_asked_is_refused(examples: list[Example]) -> None:
     ):
         with pytest.raises(LimitError, match=words):
             run(*bad, examples)
-    for more, words in (({"batch_size": 0}, "batch_size = 0"), ({"max_new_tokens": 0}, "max_new_tokens = 0")):
+    wrong: list[tuple[dict[str, Any], str]] = [({"batch_size": 0}, "batch_size = 0")]
+    wrong.append(({"max_new_tokens": 0}, "max_new_tokens = 0"))
+    for more, words in wrong:
         with pytest.raises(LimitError, match=words):
             run(model, tokenizer, examples, **more)
     with pytest.raises(LimitError, match="template"):

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from tokenmill.errors import LimitError, StoppedError, TokenmillError
 from tokenmill.probe._example import TASKS, Example
@@ -37,9 +37,10 @@ class Answerer(Protocol):
     An error that leaves some prompts answered may hold the replies in ``.partial``, with None for the others.
     """
 
-    name: str
-    at_once: int
-
+    @property
+    def name(self) -> str: ...
+    @property
+    def at_once(self) -> int: ...
     def answer(self, prompts: Sequence[str], max_new_tokens: int, /) -> list[Reply]: ...
 
 
@@ -112,7 +113,7 @@ def answerer(model: Any, tokenizer: Any = None, *, batch_size: int = 1) -> Answe
             raise LimitError("needle-threading", "tokenizer", None, "given together with a model")
         return Local(model, tokenizer, batch_size=batch_size)
     if callable(model):
-        return _Function(model)
+        return _Function(cast(Callable[[str], str], model))
     limit = "a model with generate, an Endpoint, or a function"
     raise LimitError("needle-threading", "model", type(model).__name__, limit)
 

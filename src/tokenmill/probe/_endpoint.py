@@ -45,7 +45,7 @@ class _AgainError(Exception):
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     """A redirect could carry the key to another host, so it is an error."""
 
-    def redirect_request(self, *_: Any) -> None:
+    def redirect_request(self, *_: Any, **__: Any) -> None:
         return None
 
 
