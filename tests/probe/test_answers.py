@@ -191,6 +191,7 @@ def test_a_prompt_that_does_not_fit_is_an_error_and_is_not_cut(tmp_path: Path) -
     assert found[1].prompt_tokens == len(made[1].prompt)
     cells = aggregate(found)
     assert [(c.n, c.failed, c.accuracy) for c in cells] == [(1, 0, 0.0), (0, 1, None)]
+    assert [c.prompt_tokens for c in cells] == [len(e.prompt) for e in made]
 
 
 def test_a_chat_template_must_leave_the_prompt_alone() -> None:

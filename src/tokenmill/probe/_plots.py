@@ -94,7 +94,7 @@ def _contour(alt: Any, answers: list[Answer], along: str, threshold: float) -> A
     up = alt.Y("reached:Q", title=f"context (characters) at accuracy {threshold:g}", scale=alt.Scale(zero=True))
     reach = (
         alt.Chart(alt.Data(values=line))
-        .mark_line(point=True, color=_COLOURS[1])
+        .mark_line(point={"color": _COLOURS[1]}, color=_COLOURS[1])
         .encode(x=x, y=up)
         .properties(width=360, height=220)
     )

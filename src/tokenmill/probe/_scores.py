@@ -117,6 +117,7 @@ class Cell:
         low: of the 95 % interval.
         high: of the 95 % interval.
         failed: examples without an answer, such as prompts that do not fit the model; they are not in `n`.
+        prompt_tokens: of whole prompts as the model counts them, in the mean; None when nobody said.
     """
 
     task: str
@@ -126,17 +127,20 @@ class Cell:
     low: float | None
     high: float | None
     failed: int
+    prompt_tokens: float | None
 
 
 def cell(task: str, context: int, answers: Sequence[Answer]) -> Cell:
     """The cell of these answers."""
     scores = [a.correct for a in answers if not a.error]
     failed = len(answers) - len(scores)
+    counts = [a.prompt_tokens for a in answers if a.prompt_tokens is not None]
+    tokens = math.fsum(counts) / len(counts) if counts else None
     if not scores:
-        return Cell(task, context, 0, None, None, None, failed)
+        return Cell(task, context, 0, None, None, None, failed, tokens)
     mean = math.fsum(scores) / len(scores)
     low, high = wilson(mean, len(scores))
-    return Cell(task, context, len(scores), mean, low, high, failed)
+    return Cell(task, context, len(scores), mean, low, high, failed, tokens)
 
 
 def aggregate(answers: Iterable[Answer]) -> list[Cell]:

@@ -41,7 +41,9 @@ def command(
         str, typer.Option(help="single, multiple, conditional, threading, multi-threading, branched; with commas.")
     ] = "single,multiple,conditional,threading,multi-threading",
     contexts: Annotated[str, typer.Option(help="Lengths of the haystack, with commas.")] = "480,960",
-    unit: Annotated[str, typer.Option(help="Of --contexts: characters, pairs or tokens.")] = "characters",
+    unit: Annotated[
+        str, typer.Option(help="Of --contexts: characters, pairs, or tokens of the bare haystack.")
+    ] = "characters",
     repeats: Annotated[int, typer.Option(help="Haystacks of each length.")] = 1,
     depths: Annotated[str, typer.Option(help="Of the single needle, in percent.")] = "0,50,100",
     needles: Annotated[str, typer.Option(help="How many keys are asked, or have the character.")] = "3",
@@ -246,14 +248,19 @@ class _Done:
             print_json(told | {"examples": str(self.examples) if self.examples else None})
             return
         if cells:
-            heads = ("task", "characters", "n", "accuracy", "95 %", "no answer")
+            heads = ("task", "characters", "prompt tokens", "n", "accuracy", "95 %", "no answer")
             rows = [
                 (
-                    c.task, f"{c.context:,}", str(c.n), "" if c.accuracy is None else f"{c.accuracy:.2f}",
-                    "" if c.low is None else f"{c.low:.2f}-{c.high:.2f}", str(c.failed or ""),
+                    c.task,
+                    f"{c.context:,}",
+                    "" if c.prompt_tokens is None else f"{c.prompt_tokens:,.0f}",
+                    str(c.n),
+                    "" if c.accuracy is None else f"{c.accuracy:.2f}",
+                    "" if c.low is None else f"{c.low:.2f}-{c.high:.2f}",
+                    str(c.failed or ""),
                 )
                 for c in cells
-            ]  # fmt: skip
+            ]
             print_table(heads, rows, right=heads[1:])
             console().print(f"\neffective context (characters up to which accuracy is {self.threshold:g} or more):")
             print_table(("task", "characters"), [(t, f"{n:,.0f}") for t, n in reached.items()], right=("characters",))
