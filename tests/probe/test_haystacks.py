@@ -261,6 +261,8 @@ def test_bad_questions_are_refused_by_name(task: str, params: dict[str, Any], wo
         ({"n_chars": 79}, "n_chars = 79.*80"),
         ({"n_chars": 80.5}, "n_chars = 80.5"),
         ({"n_tokens": 100}, "tokenizer"),
+        ({"n_pairs": 2, "seed": -1}, "seed = -1"),
+        ({"n_pairs": 2, "seed": 0.5}, "seed = 0.5"),
     ],
 )
 def test_bad_lengths_are_refused_by_name(lengths: dict[str, Any], words: str) -> None:

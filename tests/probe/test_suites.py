@@ -115,6 +115,7 @@ def test_a_line_that_is_no_example_is_named(tmp_path: Path, line: str) -> None:
         ({"contexts": (79,)}, "contexts = 79"),
         ({"contexts": (0,)}, "contexts = 0"),
         ({"repeats": 0}, "repeats = 0"),
+        ({"seed": -1}, "seed = -1"),
         ({"depths": (50, 120)}, "depth = 120"),
         ({"num_needles": (0,)}, "num_needles = 0"),
         ({"placements": ("near",)}, "placements = 'near'"),
@@ -136,6 +137,12 @@ def test_a_context_in_which_nothing_has_room_is_refused() -> None:
         list(NeedleThreading(tasks=("multi-threading",), contexts=(240,)).suite())
     with pytest.raises(LimitError, match="branched"):
         list(NeedleThreading(tasks=("branched",), contexts=(800,), thread_lengths=(2,)).suite())
+
+
+def test_threads_too_short_to_fork_are_left_out_of_the_grid() -> None:
+    suite = NeedleThreading(thread_lengths=(1, 2, 3), directions=("forward",), branches=("final", "all"))
+    found = {(p.branches, p.thread_length) for p in suite.points("branched")}  # type: ignore[attr-defined]
+    assert found == {("final", 3), ("all", 2), ("all", 3)}
 
 
 def test_the_method_of_the_catalog_is_the_suite() -> None:

@@ -133,7 +133,7 @@ def generate(
         n_chars: in characters, at most; or
         n_tokens: in tokens of `tokenizer`, at most, counted on the haystack that is made.
         tokenizer: of transformers or tokenizers, or an object with ``encode(text)``.
-        seed: of the haystack and of the needles' places.
+        seed: of the haystack and of the needles' places, 0 or more.
         params: of the task: depth; num_needles, placement, character; thread_length, direction, num_threads;
             branching_factor, branches.
 
@@ -144,6 +144,7 @@ def generate(
     >>> example.keys, len(example.haystack)
     (['247a8333-f7b0-b7d2-cda8-056c3d15eef7'], 2000)
     """
+    check_count("seed", seed, 0)  # `Random` takes -1 for 1
     asked = _asked(task, params)
     n = pairs_of(n_pairs, n_chars, n_tokens, tokenizer, seed)
     if n_chars is not None:
@@ -244,6 +245,7 @@ class NeedleThreading:
             for value in values:
                 check(value)
         check_count("repeats", self.repeats)
+        check_count("seed", self.seed, 0)
         check_choice("character", self.character, CHARACTERS)
 
     def points(self, task: str) -> list[Asked]:
@@ -264,7 +266,8 @@ class NeedleThreading:
         found = []
         for values in itertools.product(*named.values()):
             point = dict(zip(named, values, strict=True))
-            if point.get("branches") != "final" or point["thread_length"] >= 3:  # a shorter one has no place to fork
+            shortest = {"final": 3, "all": 2}.get(point.get("branches", ""), 1)  # a shorter one has no place to fork
+            if point.get("thread_length", shortest) >= shortest:
                 found.append(_asked(task, point))
         return found
 
@@ -313,7 +316,7 @@ _CHECKS: Mapping[str, Callable[[Any], None]] = {
 
 
 def small() -> NeedleThreading:
-    """A suite of two short haystacks."""
+    """A suite on one short haystack."""
     return NeedleThreading(
         tasks=TASKS, contexts=(480,), repeats=1, depths=(0, 100), num_needles=(2,), placements=("random",),
         thread_lengths=(2, 3), directions=("forward",), num_threads=(2,), branching_factors=(2,),
