@@ -271,3 +271,28 @@ def test_bad_arguments() -> None:
     model: Any = models.tiny("llama")
     with pytest.raises(UnsupportedError, match="StaticLayer"):
         hf.token_state(StaticCache(config=model.config, max_cache_len=8), 0)
+
+
+def test_appending_writes_in_place_and_never_into_what_others_hold() -> None:
+    layer = hf.StatefulLayer()
+    rows = torch.randn(2, 1, 40, 4, generator=torch.Generator().manual_seed(0))
+
+    def put(start: int, stop: int, source: Tensor = rows) -> Tensor:
+        layer.update(source[:, :, start:stop], source[:, :, start:stop])
+        return layer.append_state("x", source[:, :, start:stop])
+
+    put(0, 20)
+    first = put(20, 21)
+    assert put(21, 22).data_ptr() == first.data_ptr()
+    assert torch.equal(first, rows[:, :, :21])
+    layer.crop(-2)
+    assert torch.equal(put(30, 31), torch.cat([rows[:, :, :20], rows[:, :, 30:31]], 2))
+    layer.reorder_cache(torch.tensor([1, 0]))
+    assert torch.equal(layer.state("x")[0], layer.keys[0])
+    with torch.inference_mode():
+        put(31, 32)
+    assert torch.equal(put(32, 33)[:, :, -2:], rows[:, :, 31:33])
+    weight = torch.ones((), requires_grad=True)
+    put(33, 34, rows * weight).sum().backward()
+    assert weight.grad is not None
+    torch.testing.assert_close(weight.grad, rows[:, :, 33].sum())

@@ -2,13 +2,14 @@
 
 A method that needs more than keys and values (reduced keys, pooled keys, scores) keeps it here, so that it follows
 whatever happens to the cache: crop, beam reorder, batch repeat and select, reset, offloading, the drop of old rows in
-sliding layers, and `select_rows`.
+sliding layers, and `select_rows`. What is not one row a token (a selection, pages) is a `Follower`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+class Follower(Protocol):
+    """Something of a cache layer with a batch axis but without one row a token."""
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply a change of the batch axis (the first one) or of the device to every tensor."""
+
+    def crop(self, length: int) -> None:
+        """The layer keeps its first ``length`` tokens as they were; what was derived from others must go."""
+
+
+Followed = TypeVar("Followed", bound=Follower)
+
+
 @dataclass(slots=True)
 class _Column:
     """One named tensor; its last row belongs to token ``end - 1`` of the sequence."""
@@ -27,10 +41,26 @@ class _Column:
     value: Tensor
     dim: int
     end: int
+    store: Tensor | None = None  # room to grow: `value` is its first rows
 
     @property
     def start(self) -> int:
         return self.end - self.value.shape[self.dim]
+
+    def extend(self, more: Tensor) -> None:
+        """Append rows. Copying the whole at every token would cost as much as attention reads."""
+        dim, rows, new = self.dim, self.value.shape[self.dim], more.shape[self.dim]
+        if torch.is_grad_enabled() and (more.requires_grad or self.value.requires_grad):
+            self.value, self.store = torch.cat([self.value, more], dim=dim), None
+        else:
+            if self.store is None or self.store.shape[dim] < rows + new or not _writable(self.store):
+                shape = [*self.value.shape]
+                shape[dim] = rows + new + (rows + new) // 4
+                self.store = self.value.new_empty(shape)
+                self.store.narrow(dim, 0, rows).copy_(self.value)
+            self.store.narrow(dim, rows, new).copy_(more)
+            self.value = self.store.narrow(dim, 0, rows + new)
+        self.end += new
 
 
 class _TokenState:
@@ -43,6 +73,7 @@ class _TokenState:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._columns: dict[str, _Column] = {}
+        self._followers: dict[str, Follower] = {}
         self._visible = 0  # rows of the keys that the last update returned
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -86,8 +117,10 @@ class _TokenState:
             raise LimitError(where, f"{name}.shape[0]", value.shape[0], f"the cache's batch size {self.keys.shape[0]}")
         column = self._columns.get(name)
         if column is not None and missing < self._visible:
-            value = torch.cat([column.value, value], dim=dim)
-        self._columns[name] = _Column(value, dim, self._length())
+            column.extend(value)
+            value = column.value
+        else:
+            self._columns[name] = _Column(value, dim, self._length())
         return value.narrow(dim, value.shape[dim] - self._visible, self._visible)
 
     def state(self, name: str) -> Tensor:
@@ -102,6 +135,12 @@ class _TokenState:
             lacking = self._rows() if column is None else self._length() - column.end + max(column.start - start, 0)
             raise LimitError(type(self).__name__, "name", name, f"a state of all rows, and {lacking} rows have none")
         return column.value.narrow(column.dim, start - column.start, self._rows())
+
+    def follower(self, name: str, make: Callable[[], Followed]) -> Followed:
+        """The follower of that name, made when it is not there yet; `reset` forgets it."""
+        if name not in self._followers:
+            self._followers[name] = make()
+        return self._followers[name]  # type: ignore[return-value]
 
     def select_rows(self, index: Tensor) -> None:
         """Keep the given rows of the sequence, keys, values and state, and forget the others.
@@ -124,7 +163,10 @@ class _TokenState:
         if index.numel() and (int(index.min()) < 0 or int(index.max()) >= length):
             raise LimitError(where, "index", (int(index.min()), int(index.max())), f"in [0, {length - 1}]")
         kept = index.shape[-1]
-        index = index.to(self.keys.device) - (length - rows)
+        index = index.to(self.keys.device)
+        moved = (index != torch.arange(kept, device=index.device)).reshape(-1, kept).any(0)
+        untouched = int(moved.long().argmax()) if bool(moved.any()) else kept
+        index = index - (length - rows)
         if index.dim() == 1:
             index = index[index >= 0]
         else:
@@ -139,6 +181,8 @@ class _TokenState:
         self._after_select(kept)
         self._visible = self._rows()
         self._trim()
+        if untouched < length:
+            self._crop_followers(untouched)
 
     def _check_select(self, kept: int, left: int) -> None:
         """Refuse a selection of ``kept`` rows of which only ``left`` are still there."""
@@ -153,42 +197,50 @@ class _TokenState:
         super().crop(tokens_to_remove)  # type: ignore[misc]
         self._visible = self._rows()
         self._trim()
+        if tokens_to_remove:
+            self._crop_followers(self._length())
 
     def reset(self) -> None:
         """Forget everything."""
         super().reset()  # type: ignore[misc]
         self._columns.clear()
+        self._followers.clear()
         self._visible = 0
 
     def reorder_cache(self, beam_idx: Any) -> None:
         """Take the batch rows ``beam_idx`` (B,)."""
         super().reorder_cache(beam_idx)  # type: ignore[misc]
-        for column in self._columns.values():
-            column.value = column.value.index_select(0, beam_idx.to(column.value.device))
+        self._each(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each batch row ``repeats`` times."""
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        for column in self._columns.values():
-            column.value = column.value.repeat_interleave(repeats, dim=0)
+        self._each(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the batch rows ``indices``."""
         super().batch_select_indices(indices)  # type: ignore[misc]
-        for column in self._columns.values():
-            column.value = column.value[indices, ...]
+        self._each(lambda x: x[indices, ...])
 
     def offload(self) -> None:
         """Move everything to the CPU."""
         super().offload()  # type: ignore[misc]
-        for column in self._columns.values():
-            column.value = column.value.to("cpu", non_blocking=True)
+        self._each(lambda x: x.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
         """Move everything back to the layer's device."""
         super().prefetch()  # type: ignore[misc]
+        self._each(lambda x: x.to(self.keys.device, non_blocking=True))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> None:
         for column in self._columns.values():
-            column.value = column.value.to(self.keys.device, non_blocking=True)
+            column.value, column.store = change(column.value), None
+        for follower in self._followers.values():
+            follower.each(change)
+
+    def _crop_followers(self, length: int) -> None:
+        for follower in self._followers.values():
+            follower.crop(length)
 
     def _length(self) -> int:
         return self.get_seq_length()  # type: ignore[attr-defined]
@@ -205,6 +257,8 @@ class _TokenState:
             if high <= low:
                 del self._columns[name]
             elif (low, high) != (column.start, column.end):
+                if low > column.start:
+                    column.store = None
                 column.value = column.value.narrow(column.dim, low - column.start, high - low)
                 column.end = high
 
@@ -270,6 +324,11 @@ def token_state(cache: Cache, layer_idx: int, *, visible: int | None = None) -> 
     made._visible = made._rows() if visible is None else visible
     cache.layers[layer_idx] = made
     return made
+
+
+def _writable(store: Tensor) -> bool:
+    """What was made in inference mode may be written in it only."""
+    return torch.is_inference_mode_enabled() or not store.is_inference()
 
 
 def _take(value: Tensor, index: Tensor, dim: int) -> Tensor:

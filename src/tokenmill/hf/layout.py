@@ -97,7 +97,12 @@ def uses_interface(module: nn.Module) -> bool:
 
 def eager_function(module: nn.Module) -> Callable[..., Any] | None:
     """The eager attention function that the module's own file defines; the registry does not hold it."""
-    return getattr(_forward(module), "__globals__", {}).get("eager_attention_forward")
+    return file_function(module, "eager_attention_forward")
+
+
+def file_function(module: nn.Module, name: str) -> Callable[..., Any] | None:
+    """A function that the file of a module's class defines, or ``None``."""
+    return getattr(_forward(module), "__globals__", {}).get(name)
 
 
 def _forward(module: nn.Module) -> Any:

@@ -6,8 +6,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import (
+    DeepseekV32Config,
+    DeepseekV32ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GlmMoeDsaConfig,
+    GlmMoeDsaForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -20,7 +24,7 @@ from tokenmill.errors import LimitError, unknown_name
 if TYPE_CHECKING:
     from tokenmill.models._causal import CausalModel
 
-KINDS = ("gemma3", "llama", "qwen2")
+KINDS = ("deepseek_v32", "gemma3", "glm_moe_dsa", "llama", "qwen2")
 SLIDING_WINDOW = 16
 _GAIN = 2.0  # weights of std gain / sqrt(fan in): large enough that greedy output wanders over the vocabulary
 _TIED_EMBEDDING = 0.2
@@ -39,8 +43,9 @@ def tiny(
 
     Args:
         kind: ``"llama"`` (4 heads, separate output layer), ``"qwen2"`` (4 query heads on 2 key heads, biases,
-            separate output layer) or ``"gemma3"`` (4 query heads on 1 key head, sliding layers with a window of 16
-            and full layers, tied output layer).
+            separate output layer), ``"gemma3"`` (4 query heads on 1 key head, sliding layers with a window of 16
+            and full layers, tied output layer), ``"deepseek_v32"`` or ``"glm_moe_dsa"`` (latent attention, an indexer
+            of 16 heads that chooses 6 keys, no experts).
         seed: seeds the weights; the global random state is left as it was.
         vocab: number of tokens.
         attn: name of the attention implementation.
@@ -82,6 +87,8 @@ def _build(kind: str, vocab: int, depth: int, attn: str) -> PreTrainedModel:
         return LlamaForCausalLM(LlamaConfig(num_key_value_heads=4, **shared))
     if kind == "qwen2":
         return Qwen2ForCausalLM(Qwen2Config(num_key_value_heads=2, tie_word_embeddings=False, **shared))
+    if kind in ("deepseek_v32", "glm_moe_dsa"):
+        return _indexed(kind, depth, shared)
     full = [(i + 1) % 3 == 0 or i == depth - 1 for i in range(depth)]
     return Gemma3ForCausalLM(
         Gemma3TextConfig(
@@ -94,6 +101,30 @@ def _build(kind: str, vocab: int, depth: int, attn: str) -> PreTrainedModel:
             **shared,
         )
     )
+
+
+def _indexed(kind: str, depth: int, shared: dict[str, Any]) -> PreTrainedModel:
+    """A model with DeepSeek sparse attention."""
+    settings: dict[str, Any] = {
+        "num_key_value_heads": 4,
+        "first_k_dense_replace": depth,
+        "moe_intermediate_size": 16,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "index_n_heads": 16,  # with few, keys that every head turns away tie at zero
+        "index_head_dim": 16,
+        "index_topk": 6,
+    }
+    if kind == "deepseek_v32":
+        return DeepseekV32ForCausalLM(DeepseekV32Config(**settings, **shared))
+    return GlmMoeDsaForCausalLM(GlmMoeDsaConfig(**settings, **shared))
 
 
 @torch.no_grad()
