@@ -280,3 +280,12 @@ def test_a_method_serves_a_decoder_that_drafts() -> None:
         out = tiny.generate(input_ids=IDS[:1], custom_generate=decoder, max_new_tokens=12, do_sample=False)
     assert out.shape == (1, 52)
     assert trace.sparse_calls
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_finite_and_what_it_is(dtype: torch.dtype) -> None:
+    tiny = model("qwen2").to(dtype)
+    for name, method in CASES.items():
+        with method.attach(tiny):
+            found = run(tiny, IDS, PADDING).logits, steps(tiny, IDS, PADDING, 37)
+        assert all(out.dtype == dtype and torch.isfinite(out).all() for out in found), name
