@@ -25,7 +25,7 @@ LAST = 64
 def methods(model: Any, ids: Tensor, keep: int) -> dict[str, Any]:
     """Methods that read about ``keep`` keys; FASA is calibrated on the first half of the text."""
     half = ids[:, : ids.shape[1] // 2]
-    ranking = tm.attend.calibrate(model, half, k=min(keep, half.shape[1] // 2), max_new_tokens=16)
+    ranking = tm.attend.fasa.calibrate(model, half, k=min(keep, half.shape[1] // 2), max_new_tokens=16)
     parts: dict[str, Any] = {"keep": keep // 2, "n_init": keep // 8, "n_local": keep // 2 - keep // 8}
     return {
         "dense": tm.attend.OracleTopK(keep=1.0),

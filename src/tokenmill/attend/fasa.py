@@ -56,7 +56,7 @@ CARD = Card(
         "With 256 keys chosen by a quarter of the channels, models of 3B to 32B keep nearly all of their accuracy on "
         "long texts, and decoding at 64K tokens is up to 2.6 times as fast."
     ),
-    api=("FASA", "FCRanking", "calibrate", "host_cache"),
+    api=("FASA", "FCRanking", "host_cache"),
     exact=False,
     trains=False,
     task="long-context",
