@@ -371,7 +371,7 @@ def fewer(
         name: value.gather(-1, index if value.dim() == 2 else index.expand(len(value), -1, -1))
         for name, value in inputs.items()
     }
-    features = list(tokens.gather(1, kept[..., None].expand(-1, -1, width)))
+    features: Any = list(tokens.gather(1, kept[..., None].expand(-1, -1, width)))
     out = model(
         **cut, mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=features)}, use_cache=False
     )

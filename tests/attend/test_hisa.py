@@ -204,7 +204,7 @@ def test_left_padding_shifts_the_keys_and_changes_nothing_else() -> None:
     longer = [torch.cat([torch.randn(1, pad, *x.shape[2:]), x], 1) for x in (q, k, w)]
     first = torch.tensor([pad])
     valid = causal(1, 23, 23, first)
-    padded = sets(hisa_select(*longer, valid, first=first, **settings), valid)
+    padded = sets(hisa_select(*longer, valid=valid, first=first, **settings), valid)
     assert [{i - pad for i in one} for one in padded[0][pad:]] == alone[0]
     both = [torch.cat([a, torch.randn_like(a)]) for a in (q, k, w)]
     assert sets(hisa_select(*both, **settings), causal(2, 20, 20))[0] == alone[0]
@@ -262,7 +262,7 @@ def test_pooled_keys_follow_crops_and_rows(pool: Any) -> None:
 )
 def test_bad_budgets_are_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(LimitError, match=words):
-        hisa_select(*made(0), None, **settings)
+        hisa_select(*made(0), **settings)
 
 
 def test_shapes_that_do_not_fit_are_refused_and_no_queries_give_no_keys() -> None:

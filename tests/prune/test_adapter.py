@@ -382,7 +382,7 @@ def test_caches_that_cannot_have_layers_of_several_lengths_are_refused(cache: st
 def test_quantised_caches_are_refused_with_stages_inside() -> None:
     model, inputs = model_of("llava"), vlms.inputs("llava", rows=1)
     odd = DynamicCache(config=model.config.get_text_config())
-    odd.layers = [type("QuantizedLayer", (DynamicLayer,), {})() for _ in odd.layers]
+    odd.layers[:] = [type("QuantizedLayer", (DynamicLayer,), {})() for _ in odd.layers]
     with pytest.raises(UnsupportedError, match=r"several lengths in DynamicCache \(QuantizedLayer\)"):
         METHODS["entropyprune"].generate(model, inputs, max_new_tokens=2, past_key_values=odd)
 

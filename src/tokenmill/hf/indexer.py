@@ -76,7 +76,7 @@ class PooledIndexedLayer(DynamicIndexedLayer):
     def of(cls, layer: DynamicIndexedLayer) -> PooledIndexedLayer:
         """The same layer with room for a companion; what it holds is shared."""
         made = cls()
-        made.__dict__.update(layer.__dict__)
+        vars(made).update(vars(layer))
         return made
 
     def reset(self) -> None:
@@ -97,10 +97,9 @@ class PooledIndexedLayer(DynamicIndexedLayer):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each batch row ``repeats`` times."""
-        before = self.get_seq_length() and self.keys.shape[0]
         super().batch_repeat_interleave(repeats)
         if self.pooled is not None:
-            self._rows(torch.arange(before).repeat_interleave(repeats))
+            self._rows(torch.arange(len(self.pooled.first)).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the batch rows ``indices``."""
