@@ -34,7 +34,7 @@ from tokenmill.decode.token_recycling import (
     tree_template,
     verify,
 )
-from tokenmill.errors import NonFiniteError
+from tokenmill.errors import LimitError, NonFiniteError
 from tokenmill.models import CostProfile, tiny
 
 V, K, NEW = 64, 8, 14
@@ -696,3 +696,8 @@ def test_warpers_shape_the_sampled_law() -> None:
     for _ in range(300):
         counts[tuple(model.generate(ids, custom_generate=decoder, generator=generator)[0, 4:].tolist())] += 1
     assert chi_square(dict(counts), law) > 1e-3
+
+
+def test_a_tree_is_a_name_or_a_template() -> None:
+    with pytest.raises(LimitError, match="tree = 15"):
+        TokenRecycling(tree=15)  # type: ignore[arg-type]

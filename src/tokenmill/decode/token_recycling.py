@@ -136,6 +136,8 @@ class TokenRecycling(Decoder[DecodeTrace]):
         if self.draft not in ("adjacency", "hybrid"):
             raise unknown_name(where, "draft", str(self.draft), ("adjacency", "hybrid"))
         check_seed(where, self.seed)
+        if not isinstance(self.tree, str | TreeTemplate):
+            raise LimitError(where, "tree", self.tree, f"a TreeTemplate, or one of {', '.join(TREES)} in quotes")
         ranks = self.state.k if self.state is not None else self.k
         template = self._template(ranks)
         if template is not None and template.max_rank >= ranks:
