@@ -236,7 +236,7 @@ class Task:
         """Frequencies of the model for FASA, measured once on a text that is in no prompt."""
         import torch
 
-        from tokenmill.attend import calibrate
+        from tokenmill.attend.fasa import calibrate
 
         model, _ = self._loaded
         kind, source = next(iter(self._sources.items()))
