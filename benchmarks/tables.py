@@ -644,23 +644,6 @@ def zoo_estimators() -> str:
     return table(head, rows) + provenance([line for line in lines("prune-speed") if line["what"] == "estimators"])
 
 
-def long_context() -> str:
-    """What methods recall and predict that read a part of a long prompt."""
-    rows = []
-    found = lines("long-context")
-    kinds = list(dict.fromkeys(line["data"]["kind"] for line in found))
-    for name, by_kind in by_method(found).items():
-        cells = []
-        for kind in kinds:
-            quality = by_kind[kind]["quality"] if kind in by_kind else {}
-            cells.append(f"{quality['bits']:.2f} bits" if "bits" in quality else f"{quality.get('recall', 0):.0%}")
-        some = [line["cost"] for line in by_kind.values()]
-        density = [cost["density"] for cost in some if "density" in cost]
-        read = f"{sum(density) / len(density):.0%}" if density else "100%"
-        rows.append([f"`{name}`", *cells, read])
-    return table(["method", *kinds, "keys read in full layers"], rows) + provenance(found)
-
-
 def hisa_speed() -> str:
     """The hierarchical indexer beside the flat one."""
     rows = []
@@ -683,7 +666,7 @@ PRUNERS = (
     "vflowopt",
     "token-correlation-compression",
 )
-_ATTEND = (long_context, hisa_speed)
+_ATTEND = (hisa_speed,)
 _PRUNE = (
     vqa_llava,
     vqa_qwen,
