@@ -656,6 +656,29 @@ def hisa_speed() -> str:
     return table(head, rows) + provenance(lines("hisa-speed"))
 
 
+def long_context() -> str:
+    """What methods recall and predict that read a part of a long prompt."""
+    rows = []
+    found = lines("long-context")
+    kinds = list(dict.fromkeys(line["data"]["kind"] for line in found))
+    for name, by_kind in by_method(found).items():
+        cells = []
+        for kind in kinds:
+            quality = by_kind[kind]["quality"]
+            cells.append(f"{quality['bits']:.3f} bits" if "bits" in quality else f"{quality['recall']:.0%}")
+        # A method that acts in decoding alone reads everything in the prefill, so texts tell its share.
+        shares = [line["cost"].get("density", 1.0) for line in by_kind.values() if "bits" in line["quality"]]
+        rows.append([f"`{name}`", *cells, f"{sum(shares) / len(shares):.0%}"])
+    return table(["method", *kinds, "keys read, texts"], rows) + provenance(found)
+
+
+def needle_tokens() -> str:
+    """Tokens of a pair of the haystack."""
+    found = lines("needle-tokens")
+    rows = [[f"`{x['tokenizer']}`", f"{x['tokens_per_pair']:.1f}", f"{x['chars_per_token']:.2f}"] for x in found]
+    return table(["tokenizer", "tokens a pair", "characters a token"], rows) + provenance(found)
+
+
 PRUNERS = (
     "divprune",
     "idpruner",
@@ -666,7 +689,7 @@ PRUNERS = (
     "vflowopt",
     "token-correlation-compression",
 )
-_ATTEND = (hisa_speed,)
+_ATTEND = (hisa_speed, long_context, needle_tokens)
 _PRUNE = (
     vqa_llava,
     vqa_qwen,

@@ -160,15 +160,7 @@ def calibrate(
     if max_new_tokens < 2:
         raise LimitError("calibrate", "max_new_tokens", max_new_tokens, "at least 2")
     shape = attention_shape(model)
-    if layout is not None:
-        turned = shape.head_dim
-    else:
-        first = SparseAttention.check(_Calibration(channels=torch.empty(0), k_list=(), layers=layers), model)[0]
-        try:
-            layout, turned = rotated_chunks(layer_rotary("calibrate", model, first), shape.head_dim)
-        except UnsupportedError as error:
-            mend = f"Pass layout= one of {', '.join(LAYOUTS)}; 'channels' needs no rotation."
-            raise UnsupportedError("calibrate", error.what, mend) from error
+    layout, turned = (layout, shape.head_dim) if layout is not None else _own_layout(model, layers)
     watch = _Calibration(channels=chunk_channels(layout, shape.head_dim, turned), k_list=k_list, layers=layers)
     generate: Any = model.generate
     with watch.attach(model):
@@ -191,6 +183,16 @@ def calibrate(
         queries=len(watch.sums[chosen[0]]) * len(input_ids),
         made_on=_shape(model),
     )
+
+
+def _own_layout(model: PreTrainedModel, layers: tuple[int, ...] | None) -> tuple[Layout, int]:
+    """How the model pairs channels, and how many of a head it rotates."""
+    first = SparseAttention.check(_Calibration(channels=torch.empty(0), k_list=(), layers=layers), model)[0]
+    try:
+        return rotated_chunks(layer_rotary("calibrate", model, first), attention_shape(model).head_dim)
+    except UnsupportedError as error:
+        mend = f"Pass layout= one of {', '.join(LAYOUTS)}; 'channels' needs no rotation."
+        raise UnsupportedError("calibrate", error.what, mend) from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

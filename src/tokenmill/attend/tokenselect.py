@@ -253,13 +253,11 @@ class TokenSelect(SparseAttention):
         reading.trace.reused += batch - count
         if state is not None and count == 0:
             return state.stored(reading.layer)
-        if missing is None:
+        if state is None or kept is None or missing is None:
             index = self._select(reading, query, keys, span, k)
             if state is not None:
                 state.put(reading.layer, flat, index, since=span.stop)
             return index, None
-        assert state is not None
-        assert kept is not None
         # Rows that select anew take the width of those that do not.
         index = self._select(reading, query[missing], keys[missing], span.rows(missing), kept.shape[1])
         state.put(reading.layer, flat[missing], index, since=span.stop[missing], rows=missing)
