@@ -195,6 +195,17 @@ def test_keys_of_the_future_change_nothing() -> None:
         assert torch.equal(before[:, : t + 1], hisa_select(q, other, w, **settings)[:, : t + 1])
 
 
+def test_keys_that_a_mask_hides_are_never_chosen() -> None:
+    q, k, w = made(10)
+    holes = torch.rand(2, 1, 20, generator=torch.Generator().manual_seed(0)) > 0.4
+    valid = causal(2, 20, 20) & (holes | torch.eye(20, dtype=torch.bool))
+    settings: dict[str, Any] = {"block_size": 4, "top_k": 5, "first": torch.zeros(2, dtype=torch.long)}
+    ours = hisa_select(q, k, w, valid, top_blocks=99, **settings)
+    assert sets(ours, valid) == wanted(flat(q, k, w, valid), 5)
+    few = hisa_select(q, k, w, valid, top_blocks=2, **settings)
+    assert valid.gather(-1, few.long()).all()
+
+
 @pytest.mark.prop("hisa", 11)
 def test_left_padding_shifts_the_keys_and_changes_nothing_else() -> None:
     q, k, w = made(7, batch=1)

@@ -164,7 +164,6 @@ def choose_blocks(scores: Tensor, newest: Tensor, top_blocks: int, forced: Force
         return best, open_.gather(-1, best)
     best = scores.topk(count, dim=-1).indices
     known = (best[..., None] == edges[..., None, :]).any(-2)  # (B, R, 2)
-    known[..., 1] |= edges[..., 1] == 0
     both = torch.cat([best, edges], -1)
     good = torch.cat([open_.gather(-1, best), ~known & (newest >= 0)[..., None]], -1)
     return both, good
