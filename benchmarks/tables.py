@@ -679,6 +679,66 @@ def needle_tokens() -> str:
     return table(["tokenizer", "tokens a pair", "characters a token"], rows) + provenance(found)
 
 
+def attention_mass() -> str:
+    """What attention the chosen keys hold, beside what the best ones hold."""
+    found = [line for line in lines("attention-mass") if line["what"] == "mass"]
+    rows = []
+    for line in found:
+        cells = [f"{value:.3f}" for value in line["by_layer"].values()]
+        short = [f"{value:.1%}" for value in line["short_of_oracle"].values()]
+        rows.append([line["way"], *cells, f"{line['mean_short']:.1%}", ", ".join(short)])
+    layers = [f"layer {layer}" for layer in found[0]["by_layer"]] if found else []
+    head = ["keys chosen by", *layers, "short of the exact top keys", "by layer"]
+    return table(head, rows) + provenance(found)
+
+
+def chunk_overlap() -> str:
+    """How far rankings of other texts name the same chunks."""
+    found = [line for line in lines("attention-mass") if line["what"] == "overlap"]
+    tips = list(dict.fromkeys(line["n_tip"] for line in found))
+    rows = [["chance", *(f"{next(x['chance'] for x in found if x['n_tip'] == tip):.2f}" for tip in tips)]]
+    for text in dict.fromkeys(line["text"] for line in found):
+        by_tip = {line["n_tip"]: line["overlap"] for line in found if line["text"] == text}
+        rows.append([text, *(f"{by_tip[tip]:.2f}" for tip in tips)])
+    return table(["ranking of", *(f"{tip} chunks" for tip in tips)], rows) + provenance(found)
+
+
+def _attend_speed(slug: str) -> str:
+    found = [line for line in lines("attend-speed") if line["method"] == slug]
+    rows = []
+    for line in found:
+        if line["what"] == "memory":
+            continue
+        dense = line["ways"]["dense"]["ms_p50"]
+        for name, way in line["ways"].items():
+            if name == "dense":
+                continue
+            faster = way.get("faster", way["faster_p50"])
+            more = [f"{way['reused']:.0%}"] if slug == "tokenselect" else []
+            row = [f"{line['tokens']:,}", name, f"{dense:.1f}", f"{way['ms_p50']:.1f}", f"{faster:.2f}x", *more]
+            rows.append(row)
+    more = ["selections reused"] if slug == "tokenselect" else []
+    text = table(["tokens", "way", "dense, ms", "method, ms", "faster", *more], rows)
+    held = [line for line in found if line["what"] == "memory"]
+    cells = [[x["way"], f"{x['tokens']:,}", f"{x['peak_mib']:.0f}", f"{x['formula_mib']:.0f}"] for x in held]
+    return text + "\n" + table(["way", "tokens", "peak, MiB", "formula, MiB"], cells) + provenance(found)
+
+
+def tokenselect_speed() -> str:
+    """TokenSelect in decoding beside sdpa."""
+    return _attend_speed("tokenselect")
+
+
+def fasa_speed() -> str:
+    """FASA in decoding beside sdpa."""
+    return _attend_speed("fasa")
+
+
+def tsa_speed() -> str:
+    """Token Sparse Attention in a prefill beside sdpa."""
+    return _attend_speed("token-sparse-attention")
+
+
 PRUNERS = (
     "divprune",
     "idpruner",
@@ -689,7 +749,16 @@ PRUNERS = (
     "vflowopt",
     "token-correlation-compression",
 )
-_ATTEND = (hisa_speed, long_context, needle_tokens)
+_ATTEND = (
+    hisa_speed,
+    long_context,
+    needle_tokens,
+    attention_mass,
+    chunk_overlap,
+    tokenselect_speed,
+    fasa_speed,
+    tsa_speed,
+)
 _PRUNE = (
     vqa_llava,
     vqa_qwen,

@@ -19,7 +19,7 @@ PADDING[0, :9] = 0
 SMALL: dict[str, Any] = {"keep": 3, "n_init": 2, "n_local": 5, "chunk": 4}
 
 
-def cases() -> dict[str, attend.SparseAttention]:
+def cases() -> dict[str, Any]:
     """Name -> method that reads about a quarter of 40 tokens."""
     return {
         "tokenselect": attend.TokenSelect(**SMALL),
@@ -33,13 +33,15 @@ def cases() -> dict[str, attend.SparseAttention]:
         "streaming original": attend.StreamingLLM(keep=9, n_sink=2, positions="original"),
         "snapkv": attend.SnapKV(keep=9, window=4, pool=3),
         "quest": attend.Quest(keep=8, page=4, min_pages=2, dense_layers=0),
+        "hisa dot": attend.HISA(keep=6, block_size=4, top_blocks=3, score_fn="dot"),
+        "hisa dot extra": attend.HISA(keep=6, block_size=4, top_blocks=2, score_fn="dot", forced="extra"),
         "quest any page": attend.Quest(keep=8, page=4, min_pages=2, dense_layers=0, newest=False),
     }
 
 
 def full(method: Any) -> Any:
     """The method with a budget above every length."""
-    return replace(method, keep=1000)
+    return replace(method, keep=1000, **({"top_blocks": 250} if hasattr(method, "top_blocks") else {}))
 
 
 def model(kind: str, *, attn: str = "sdpa", layers: int | None = None, seed: int = 0) -> Any:

@@ -66,7 +66,9 @@ def by_hand(
         if forced == "inside":
             kept = [*edges, *(b for b in order if b not in edges)][:blocks]
         else:
-            kept = [*order[:blocks], *(b for b in edges if b not in order[:blocks])]
+            # The newest block is not ranked: its mean knows tokens behind the query.
+            best = [b for b in order if b != count - 1][:blocks]
+            kept = [*best, *(b for b in edges if b not in best)]
         tokens = [s for b in kept for s in spans[b] if s <= own]
         value = {
             s: sum(float(w[t, h]) * max(0.0, float(q[t, h].double() @ k[s].double())) for h in range(q.shape[1]))
@@ -428,3 +430,48 @@ def test_what_cannot_work_is_refused() -> None:
     model, inputs = model_of("deepseek_v32"), prompt(rows=1)
     with HISA(block_size=4, top_blocks=4).attach(model), pytest.raises(UnsupportedError, match="StaticIndexed"):
         model.generate(**inputs, max_new_tokens=2, cache_implementation="static")
+
+
+# -- ordinary attention ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3"])
+def test_dot_reads_the_top_keys_when_all_blocks_are_looked_at(kind: str) -> None:
+    tiny = tm.models.tiny(kind)
+    ids = torch.randperm(63, generator=torch.Generator().manual_seed(1))[:40][None] + 1
+    with torch.no_grad(), tm.attend.OracleTopK(keep=6).attach(tiny):
+        want = tiny.generate(ids, max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    whole = tm.attend.HISA(keep=6, block_size=4, top_blocks=250, score_fn="dot")
+    with torch.no_grad(), whole.attach(tiny) as trace:
+        ours = tiny.generate(ids, max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    assert torch.equal(ours.sequences, want.sequences)
+    assert torch.allclose(torch.stack(ours.logits), torch.stack(want.logits), atol=1e-5)
+    assert trace.keys_read < trace.keys_dense
+
+
+def test_dot_decodes_from_the_blocks_of_the_cache() -> None:
+    """After a crop and without one the pooled keys are those of a fresh run, and a step scores a part of the keys."""
+    tiny = tm.models.tiny("qwen2")
+    ids = torch.randperm(63, generator=torch.Generator().manual_seed(2))[:41][None] + 1
+    method = tm.attend.HISA(keep=4, block_size=4, top_blocks=2, score_fn="dot")
+    with torch.no_grad(), method.attach(tiny) as trace:
+        cache = tiny(ids[:, :40], use_cache=True).past_key_values
+        before = trace.keys_scored
+        step = tiny(ids[:, 40:], past_key_values=cache, use_cache=True).logits
+        # 11 pooled keys, a whole block and the newest one with a single token, for 4 heads in 2 layers.
+        assert trace.keys_scored - before == 2 * 4 * (11 + 4 + 1)
+        cache.crop(-9)
+        again = tiny(ids[:, 32:33], past_key_values=cache, use_cache=True).logits
+        fresh = tiny(ids[:, :32], use_cache=True).past_key_values
+        want = tiny(ids[:, 32:33], past_key_values=fresh, use_cache=True).logits
+    assert torch.allclose(again, want, atol=1e-5)
+    assert step.isfinite().all()
+
+
+def test_dot_needs_a_count_and_dsa_has_no_layers() -> None:
+    with pytest.raises(LimitError, match=r"keep = None.*score_fn='dot'"):
+        tm.attend.HISA(score_fn="dot")
+    with pytest.raises(LimitError, match="layers"):
+        tm.attend.HISA(layers=(0,))
+    with pytest.raises(LimitError, match="score_fn"):
+        tm.attend.HISA(score_fn="max")  # type: ignore[arg-type]

@@ -49,7 +49,7 @@ class OracleTopK(SparseAttention):
         reading.count_scored(key[..., 0].numel(), rows=len(query))
         reading.count_read(index[:, :, -1].numel(), end=end, heads=query.shape[1])
         chosen = torch.zeros_like(score, dtype=torch.bool).scatter(-1, index, True) & seen
-        return _by_head(reading, query, key, reading.value[:, :, :end], seen=chosen)
+        return by_head(reading, query, key, reading.value[:, :, :end], seen=chosen)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -338,11 +338,11 @@ class Quest(SparseAttention):
         inside = inside & valid[:, None].expand(-1, count, -1).gather(-1, slots)
         reading.count_scored(2 * low[..., 0].numel(), rows=batch)
         reading.count_read(slots.numel(), end=reading.size, heads=count)
-        out = _by_head(reading, reading.query, reading.key, reading.value, index=slots, seen=inside[:, :, None])
+        out = by_head(reading, reading.query, reading.key, reading.value, index=slots, seen=inside[:, :, None])
         return out.transpose(1, 2).contiguous(), None
 
 
-def _by_head(
+def by_head(
     reading: Reading, query: Tensor, key: Tensor, value: Tensor, *, seen: Tensor, index: Tensor | None = None
 ) -> Tensor:
     """Attention where each query head has a set of its own; the models' functions know sets of KV heads only."""

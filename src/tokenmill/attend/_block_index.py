@@ -162,10 +162,15 @@ def choose_blocks(scores: Tensor, newest: Tensor, top_blocks: int, forced: Force
         scores = scores.scatter(-1, edges, torch.finfo(scores.dtype).max).masked_fill(~open_, -torch.inf)
         best = scores.topk(count, dim=-1).indices
         return best, open_.gather(-1, best)
-    best = scores.topk(count, dim=-1).indices
-    known = (best[..., None] == edges[..., None, :]).any(-2)  # (B, R, 2)
+    # The newest block's mean holds tokens that come after the query, so it joins without being ranked.
+    open_ = blocks < newest[..., None]
+    best = scores.masked_fill(~open_, -torch.inf).topk(count, dim=-1).indices
+    ranked = open_.gather(-1, best)
+    known = ((best[..., None] == edges[..., None, :]) & ranked[..., None]).any(-2)  # (B, R, 2)
     both = torch.cat([best, edges], -1)
-    good = torch.cat([open_.gather(-1, best), ~known & (newest >= 0)[..., None]], -1)
+    joins = ~known & (newest >= 0)[..., None]
+    joins[..., 1] &= newest > 0  # with one block the first is the newest
+    good = torch.cat([ranked, joins], -1)
     return both, good
 
 
@@ -181,27 +186,32 @@ def select(
     forced: Forced,
     score_fn: ScoreFn,
     tile: int | None = None,
+    source: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Tiles of queries, each with chosen keys (B, R, K) int64, whether they count (B, R, K), and keys scored (B, R).
 
-    The queries are the last ones of the sequence. A place that does not count names the query's own token.
+    The queries are the last ones of the sequence. A place that does not count names the query's own token. ``source``
+    (B,) says which row of the keys and of the index each row of the queries looks into; ``None``: its own.
     """
     batch, queries, _, _ = q.shape
     total, size = k.shape[1], index.size
-    pooled = index.keys
+    if source is None:
+        source = torch.arange(batch, device=k.device)
+    pooled, first = index.keys[source], index.first[source, None]  # (B, M, d), (B, 1)
+    pooled = pooled[:, : -(-total // size)]  # the index may reach beyond these keys
     kept = min(top_k, total)
     wide = min(top_blocks, pooled.shape[1]) + 2
     rows = tile if tile is not None else max(1, _TILE // (batch * wide * size * k.shape[-1]))
     inner = torch.arange(size, device=k.device)
-    rows_of = torch.arange(batch, device=k.device)[:, None, None] * total  # in the keys of all items, one by one
+    rows_of = source[:, None, None] * total  # in the keys of all items, one by one
     flat = k.flatten(0, 1)
     for start in range(0, queries, rows):
         part = slice(start, min(start + rows, queries))
         own = torch.arange(total - queries + part.start, total - queries + part.stop, device=k.device)  # (R,)
-        newest = torch.div(own - index.first[:, None], size, rounding_mode="floor")  # (B, R)
+        newest = torch.div(own - first, size, rounding_mode="floor")  # (B, R)
         mine, gates = q[:, part], None if w is None else w[:, part]
         blocks, good = choose_blocks(gated(mine, pooled, gates, score_fn), newest, top_blocks, forced)
-        at = (blocks * size + index.first[:, None, None])[..., None] + inner  # (B, R, C, size)
+        at = (blocks * size + first[:, :, None])[..., None] + inner  # (B, R, C, size)
         seen = (good[..., None] & (at <= own[:, None, None]) & (at < total)).flatten(2)
         at = at.flatten(2).clamp_max(total - 1)  # (B, R, C * size)
         if valid is not None:

@@ -5,6 +5,8 @@ indexer scores every key of the prefix for every query. HISA scores one mean key
 heads and gates, takes the m best blocks (the first and the newest always), and runs the unchanged indexer on their
 tokens alone: O(L / B + m B) instead of O(L) a query, the same number of chosen keys, no training.
 
+With ``score_fn="dot"`` the query heads of an ordinary model play indexer: each head chooses among its KV head's keys.
+
 Use it on DeepSeek-V3.2 and GLM-5 beyond m B tokens. Shorter prompts get exactly DSA's keys and no gain, and where
 neighbouring index keys are unlike each other a block's mean hides the one key that matters.
 """
@@ -37,6 +39,8 @@ from tokenmill.trace import Trace
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from tokenmill.attend._session import AttendTrace
+
 CARD = Card(
     name="HISA",
     kind="attention",
@@ -60,7 +64,9 @@ CARD = Card(
     needs=frozenset({"index_keys"}),
     works_with=("deepseek_v32", "glm_moe_dsa"),
     differs=(
-        "the first and the newest block count among the m; forced='extra' is the reading of Algorithm 1",
+        "the first and the newest block count among the m; forced='extra' is the reading of Algorithm 1, and does "
+        "not rank the newest block, since its mean knows tokens that come after the query",
+        "score_fn='dot' chooses keys in the full attention of ordinary models",
         "blocks begin at each row's first real token, so left padding changes nothing",
     ),
     reported=Reported(
@@ -161,15 +167,18 @@ class HISATrace(Trace):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HISA:
-    """Hierarchical indexing in a model with DeepSeek sparse attention.
+    """Hierarchical indexing in a model with DeepSeek sparse attention, or in any other one's full attention.
 
     Attributes:
-        keep: keys of each query; None: as many as the model's own indexer chooses.
+        keep: keys of each query; None: as many as the model's own indexer chooses (``"dsa"`` only).
         block_size: B, tokens of a block.
         top_blocks: m, blocks whose tokens are scored.
         compression: scores one of so many blocks instead of m of them (the paper's 4:1); None: m blocks.
         forced: "inside": the first and the newest block count among the m; "extra": they join them.
         pool: "mean", or "max" (not in the paper).
+        score_fn: "dsa" replaces the model's indexers; "dot" lets each query head choose by its own dot products, in
+            models without indexers (not in the paper). A prompt's attention is masked then, only decoding reads less.
+        layers: indices of the layers, for "dot"; None means all with full attention.
     """
 
     keep: int | None = None
@@ -178,8 +187,16 @@ class HISA:
     compression: float | None = None
     forced: Forced = "inside"
     pool: Pool = "mean"
+    score_fn: ScoreFn = "dsa"
+    layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        if self.score_fn not in SCORES:
+            raise unknown_name("HISA", "score_fn", self.score_fn, SCORES)
+        if self.score_fn == "dot" and self.keep is None:
+            raise LimitError("HISA", "keep", self.keep, "given for score_fn='dot', which has no indexer to ask")
+        if self.score_fn == "dsa" and self.layers is not None:
+            raise LimitError("HISA", "layers", self.layers, "None for score_fn='dsa'", "Every indexer is replaced.")
         if self.keep is not None and (isinstance(self.keep, bool) or not isinstance(self.keep, int) or self.keep < 1):
             raise LimitError("HISA", "keep", self.keep, "an int of at least 1, or None")
         check_budget("HISA", self.block_size, self.top_blocks, self.keep or 1, self.forced)
@@ -196,16 +213,22 @@ class HISA:
         return max(2, asked, math.ceil(keep / self.block_size))
 
     @contextmanager
-    def attach(self, model: PreTrainedModel) -> Generator[HISATrace, None, None]:
-        """Replace every indexer inside the ``with``.
+    def attach(self, model: PreTrainedModel) -> Generator[HISATrace | AttendTrace, None, None]:
+        """Replace every indexer inside the ``with``, or choose in ordinary attention.
 
         Yields:
-            The trace; its counts are there when the ``with`` ends.
+            The trace; a `HISATrace` has its counts when the ``with`` ends.
 
         Raises:
             LimitError: fewer candidates than the model's indexer chooses.
             UnsupportedError: a model without index keys; inside the ``with``, a static cache.
         """
+        if self.score_fn == "dot":
+            from tokenmill.attend._block_attention import BlockAttention
+
+            with BlockAttention(how=self, keep=self.keep or 0, layers=self.layers).attach(model) as counts:
+                yield counts
+            return
         from tokenmill.hf.indexer import index_layers
 
         layers = index_layers("HISA", model)
