@@ -17,7 +17,7 @@ for line in sys.stdin: print(json.dumps({k: v for k, v in json.loads(line).items
     <"runs/$1/results.jsonl" >>"$RESULTS/$1.jsonl"
 }
 
-for part in ${*:-profile speed accepted spectr exactness toy constrain peer bytes complete ensemble tokenize transplant guard stochastok lm vocabulary supertokens guard-speed shorten words large vqa prune-speed hisa-speed needle-tokens long-context attention-mass attend-speed}; do
+for part in ${*:-profile speed accepted spectr exactness toy constrain peer bytes complete ensemble tokenize transplant guard stochastok lm vocabulary supertokens guard-speed shorten words large vqa prune-speed hisa-speed needle-tokens long-context attention-mass attend-speed kvpress}; do
   case $part in
   profile) python benchmarks/forward_cost.py ;;
   speed)
@@ -141,6 +141,7 @@ for part in ${*:-profile speed accepted spectr exactness toy constrain peer byte
     ;;
   prune-speed) python benchmarks/prune_speed.py ;;
   hisa-speed) python benchmarks/hisa_speed.py ;;
+  kvpress) python benchmarks/peers/compare_kvpress.py ;; # `make peers` first
   attention-mass) python benchmarks/attention_mass.py --threads 1 ;;
   attend-speed) python benchmarks/attend_speed.py ;;
   needle-tokens) python benchmarks/needle_tokens.py ;;
@@ -151,7 +152,7 @@ for part in ${*:-profile speed accepted spectr exactness toy constrain peer byte
     keep_means long-context
     ;;
   *)
-    echo "unknown part $part: profile, speed, accepted, spectr, exactness, toy, constrain, peer, bytes, complete, ensemble, tokenize, transplant, guard, stochastok, lm, vocabulary, supertokens, guard-speed, shorten, words, large, vqa, prune-speed, hisa-speed, needle-tokens, long-context, attention-mass, attend-speed" >&2
+    echo "unknown part $part: profile, speed, accepted, spectr, exactness, toy, constrain, peer, bytes, complete, ensemble, tokenize, transplant, guard, stochastok, lm, vocabulary, supertokens, guard-speed, shorten, words, large, vqa, prune-speed, hisa-speed, needle-tokens, long-context, attention-mass, attend-speed, kvpress" >&2
     exit 2
     ;;
   esac

@@ -724,6 +724,21 @@ def _attend_speed(slug: str) -> str:
     return text + "\n" + table(["way", "tokens", "peak, MiB", "formula, MiB"], cells) + provenance(found)
 
 
+def kvpress_peer() -> str:
+    """StreamingLLM and SnapKV beside kvpress's."""
+    found = lines("kvpress-peer")
+    sides: dict[tuple[str, float], dict[str, Line]] = {}
+    for line in found:
+        sides.setdefault((line["press"], line["ratio"]), {})[line["side"]] = line
+    rows = []
+    for (press, ratio), both in sides.items():
+        peer, ours = both["kvpress"], both["tokenmill"]
+        bits = [f"{peer['bits']:.3f}", f"{ours['bits']:.3f}", f"{ours['worst_apart']:.3f}"]
+        rows.append([press, f"{1 - ratio:.0%}", *bits, f"{peer['ms_p50']:.1f}", f"{ours['ms_p50']:.1f}"])
+    head = ["method", "kept", "kvpress, bits", "ours, bits", "furthest apart", "kvpress, ms a step", "ours, ms a step"]
+    return table(head, rows) + provenance(found)
+
+
 def tokenselect_speed() -> str:
     """TokenSelect in decoding beside sdpa."""
     return _attend_speed("tokenselect")
@@ -755,6 +770,7 @@ _ATTEND = (
     needle_tokens,
     attention_mass,
     chunk_overlap,
+    kvpress_peer,
     tokenselect_speed,
     fasa_speed,
     tsa_speed,
