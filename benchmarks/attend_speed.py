@@ -4,7 +4,7 @@ python benchmarks/attend_speed.py     # about fifteen minutes on two idle cores
 
 One attention layer in float32, called as a model calls it: the method reads a cache, chooses, and attends. Dense is the
 layer's own sdpa on the same tensors, in turn with the method, medians. TokenSelect has queries and keys of Gemma 3
-270M (its layer 11, 4 query heads of width 256 on one KV head) on Python source; 16K keys are repeated to reach longer
+270M (its layer 17, 4 query heads of width 256 on one KV head) on Python source; 16K keys are repeated to reach longer
 caches, each at the position where it stands. Its selection cache is hit as often as these queries are alike. FASA and
 Token Sparse Attention, whose time does not depend on what the tensors hold, have random ones. The peak memory of one
 call is that of a process of its own, beside the formula.
@@ -30,6 +30,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tokenmill import models
 from tokenmill.attend._frequency import FCRanking
+from tokenmill.attend._selection_cache import similar
 from tokenmill.attend._session import Answer, AttendTrace, Reading, Session, SparseAttention
 from tokenmill.attend.fasa import FASA
 from tokenmill.attend.token_sparse_attention import TokenSparseAttention
@@ -40,7 +41,8 @@ from tokenmill.hf.layers import StatefulLayer, token_state
 from tokenmill.hf.layout import attention_layers
 from tokenmill.hf.rotary import Rotary, layer_rotary
 
-REAL, LAYER, STEPS = 16_384, 11, 60
+REAL, STEPS = 16_384, 60
+LAYER = 17  # of the layers that see far, the one whose queries are most alike
 LENGTHS = {"tokenselect": (8192, 32_768, 131_072), "fasa": (4096, 16_384, 65_536), "tsa": (2048, 4096, 8192)}
 
 
@@ -101,9 +103,18 @@ class Layer:
 
 
 @cache
+def source() -> tuple[Any, Tensor]:
+    """Gemma, and tokens of Python source."""
+    model, tokenizer = models.load("gemma-3-270m", dtype="float32", attn="sdpa")
+    texts = sources("attend_speed", "python-stdlib", 1)["code"].texts["test"]
+    joined = "\n".join(text for _, text in sorted(texts.items()))[: 8 * REAL]
+    return model, tokenizer(joined, return_tensors="pt").input_ids
+
+
+@cache
 def heard() -> tuple[Any, Rotary, float, Tensor, Tensor, Tensor]:
     """Gemma's layer on Python source: module, rotation, scale, unrotated keys, values, unrotated queries."""
-    model, tokenizer = models.load("gemma-3-270m", dtype="float32", attn="sdpa")
+    model, ids = source()
     kept: list[tuple[Tensor, Tensor, Tensor]] = []
 
     @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,8 +131,6 @@ def heard() -> tuple[Any, Rotary, float, Tensor, Tensor, Tensor]:
         def needs_rotary(self) -> bool:
             return True
 
-    texts = sources("attend_speed", "python-stdlib", 1)["code"].texts["test"]
-    ids = tokenizer("\n".join(text for _, text in sorted(texts.items()))[: 8 * REAL], return_tensors="pt").input_ids
     with Listener().attach(model):
         for start in range(0, REAL, 2048):
             model.model(input_ids=ids[:, start : start + 2048])
@@ -154,6 +163,36 @@ def drawn(length: int, heads: int, groups: int, width: int, queries: int) -> Lay
     key, value = (torch.randn(1, groups, length, width, generator=g) for _ in range(2))
     query = torch.randn(1, heads, queries, width, generator=g)
     return Layer(module, key, value, query, turn, module.scaling)
+
+
+def reuse() -> dict[str, dict[str, float]]:
+    """theta -> layer -> the share of steps whose query is alike the one that chose last, over 512 tokens of source."""
+    model, ids = source()
+    heard_at: dict[int, Tensor] = {}
+
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Listener(SparseAttention):
+        layers: tuple[int, ...] | None = None
+
+        def read(self, reading: Reading) -> Answer:
+            heard_at[reading.layer] = reading.unrotated_query()[0].transpose(0, 1).flatten(1)  # (T, H d)
+            return reading.dense()
+
+        @property
+        def needs_rotary(self) -> bool:
+            return True
+
+    with Listener().attach(model):
+        model.model(input_ids=ids[:, :1024])
+    found: dict[str, dict[str, float]] = {}
+    for theta in (0.9, 0.75):
+        for layer, queries in heard_at.items():
+            kept, hits = queries[512], 0
+            for query in queries[513:]:
+                alike = bool(similar(query[None], kept[None], theta))
+                hits, kept = hits + alike, kept if alike else query
+            found.setdefault(str(theta), {})[str(layer)] = hits / len(queries[513:])
+    return found
 
 
 def some_ranking(layer: Layer) -> FCRanking:
@@ -212,14 +251,14 @@ def dense_prompt(layer: Layer) -> Tensor:
     )[0]  # fmt: skip
 
 
-def cases(what: str, length: int) -> tuple[Layer, dict[str, SparseAttention]]:
+def cases(what: str, length: int, *, alone: bool = False) -> tuple[Layer, dict[str, SparseAttention]]:
     match what:
         case "tokenselect":
             made: dict[str, SparseAttention] = {}
             for positions in ("contiguous", "original"):
-                for theta in (0.9, None):
+                for theta in (0.9, None, -1.0):  # -1 reuses at every step: the most that the cache can save
                     made[f"{positions}, theta {theta}"] = TokenSelect(theta=theta, positions=positions)  # type: ignore[arg-type]
-            return gemma(length), made
+            return drawn(length, 4, 1, 256, 1) if alone else gemma(length), made
         case "fasa":
             layer = drawn(length, 32, 8, 128, STEPS // 3)
             ranking = some_ranking(layer)
@@ -253,12 +292,12 @@ def peak(what: str, length: int, name: str) -> float:
 
 
 def measure_peak(what: str, length: int, name: str) -> None:
-    layer, methods = cases(what, length)
+    layer, methods = cases(what, length, alone=True)
     read = layer.reader(methods[name])
     query = layer.queries if what == "tsa" else layer.queries[:, :, :1].contiguous()
     with torch.inference_mode():
-        if what == "fasa":
-            read(query)  # the dominant channels of all keys are state
+        if what != "tsa":
+            read(query)  # the dominant channels of all keys, and keys without rotation, are state
         Path("/proc/self/clear_refs").write_text("5")  # Linux forgets the highest mark so far
         before = held_kib("VmRSS")
         read(query)
@@ -293,6 +332,8 @@ def main() -> None:
                     found = prefill(layer, methods["half"], 5 if length == LENGTHS[what][-1] else 20)
                 else:
                     found = decoding(layer, methods)
+                if what == "tokenselect" and length == LENGTHS[what][0]:
+                    lines.keep("reuse", shares=reuse())
             heads, groups, width = layer.queries.shape[1], *layer.key.shape[1::2]
             shape = {"heads": heads, "kv_heads": groups, "width": width}
             lines.keep("prefill" if what == "tsa" else "decoding", tokens=length, **shape, ways=found)

@@ -707,7 +707,7 @@ def _attend_speed(slug: str) -> str:
     found = [line for line in lines("attend-speed") if line["method"] == slug]
     rows = []
     for line in found:
-        if line["what"] == "memory":
+        if "ways" not in line:
             continue
         dense = line["ways"]["dense"]["ms_p50"]
         for name, way in line["ways"].items():
@@ -721,6 +721,11 @@ def _attend_speed(slug: str) -> str:
     text = table(["tokens", "way", "dense, ms", "method, ms", "faster", *more], rows)
     held = [line for line in found if line["what"] == "memory"]
     cells = [[x["way"], f"{x['tokens']:,}", f"{x['peak_mib']:.0f}", f"{x['formula_mib']:.0f}"] for x in held]
+    for line in found:
+        if line["what"] == "reuse":
+            layers = next(iter(line["shares"].values()))
+            shares = [[theta, *(f"{x:.0%}" for x in by.values())] for theta, by in line["shares"].items()]
+            text += "\n" + table(["reused at theta", *(f"layer {layer}" for layer in layers)], shares)
     return text + "\n" + table(["way", "tokens", "peak, MiB", "formula, MiB"], cells) + provenance(found)
 
 

@@ -217,7 +217,7 @@ class TokenSelect(SparseAttention):
         critical = query
         if self.needs_rotary:
             ahead = self.n_local + (real.long().cumsum(-1) - 1).clamp_min(0)
-            critical = _rotate(reading)(query, ahead)
+            critical = _rotate(reading, self.n_local + stop - start)(query, ahead)
         index, since = self._choose(
             reading, state, mean_query(critical, real), keys[:, :, :end], span, budget - self.n_init - self.n_local
         )
@@ -237,7 +237,7 @@ class TokenSelect(SparseAttention):
             scaling=reading.scaling,
             positions=self.positions,
             seen=None if alone else inside,
-            rotate=_rotate(reading) if self.needs_rotary else None,
+            rotate=_rotate(reading, slots.shape[1]) if self.needs_rotary else None,
             places=_places(inside.any(1), slots, end - (stop - start)) if self.needs_rotary else None,
             inner=lambda q, k, v, *, scaling, seen: reading.attend(q, k, v, seen, scaling=scaling, end=end),
         )
@@ -272,9 +272,10 @@ class TokenSelect(SparseAttention):
         return select(score, k)
 
 
-def _rotate(reading: Reading) -> Rotate:
+def _rotate(reading: Reading, bound: int) -> Rotate:
+    """Rotation to positions below ``bound``."""
     turn = reading.rotary()
-    return lambda x, positions: turn.rotate(x, turn.phases(positions))
+    return lambda x, positions: turn.rotate(x, turn.phases_below(positions, bound))
 
 
 def _places(inside: Tensor, slots: Tensor, own: int) -> tuple[Tensor, Tensor]:

@@ -50,6 +50,8 @@ class _Column:
     def extend(self, more: Tensor) -> None:
         """Append rows. Copying the whole at every token would cost as much as attention reads."""
         dim, rows, new = self.dim, self.value.shape[self.dim], more.shape[self.dim]
+        if not new:
+            return
         if torch.is_grad_enabled() and (more.requires_grad or self.value.requires_grad):
             self.value, self.store = torch.cat([self.value, more], dim=dim), None
         else:

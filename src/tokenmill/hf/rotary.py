@@ -8,7 +8,7 @@ and any number of rotated channels is the right one.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,10 +37,20 @@ class Rotary:
 
     embed: Callable[[Tensor], Phases]
     apply: Callable[[Tensor, Tensor, Tensor, Tensor], Phases]
+    _known: list[Phases] = field(default_factory=list, repr=False, compare=False)
 
     def phases(self, positions: Tensor) -> Phases:
         """Positions (B, T) -> cos and sin, each (B, T, R)."""
         return self.embed(positions)
+
+    def phases_below(self, positions: Tensor, bound: int) -> Phases:
+        """The `phases` of positions (B, T) in [0, bound), looked up: sines of the same few thousand are made once."""
+        if not self._known or self._known[0][0].shape[1] < bound or self._known[0][0].device != positions.device:
+            # Whoever makes the table, in inference mode or not, others may read it.
+            with torch.inference_mode(False), torch.no_grad():
+                self._known[:] = [self.embed(torch.arange(bound + bound // 4, device=positions.device)[None])]
+        cos, sin = self._known[0]
+        return cos[0][positions], sin[0][positions]
 
     def rotate(self, x: Tensor, phases: Phases) -> Tensor:
         """x (B, H, T, D) without position -> rotated by ``phases``; computed in float32, given in x's dtype."""
