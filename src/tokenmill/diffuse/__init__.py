@@ -31,6 +31,7 @@ __getattr__, __dir__ = lazy(
         "entropy_bound_set": "_rules",
         "factor_set": "_rules",
         "frozen_prefix": "freecache_guided_diffusion",
+        "nll_bound": "_bound",
         "quotas": "_schedule",
         "top_n": "_rules",
     },

@@ -78,7 +78,7 @@ class Canvas:
         eot_ids: Tensor,
         block_length: int,
         shift: bool,
-        vocab_size: int,
+        vocab_size: int = 0,
     ) -> Canvas:
         """A canvas before its first pass."""
         batch = x.shape[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -67,7 +68,7 @@ def laws(decoder: Callable[..., Any]) -> tuple[Law, ...]:
             made = decoder(seeded(case.small(), 2), history=True)
             out = fill(bidirectional(name, 2), prompts(2, rows=2), made)
             past = [*made.trace.history, out[:, PROMPT:]]
-            for before, after in zip(past[:-1], past[1:], strict=True):
+            for before, after in itertools.pairwise(past):
                 width = min(before.shape[1], after.shape[1])
                 seen = before[:, :width] != MASK
                 same = torch.where(seen, before[:, :width] == after[:, :width], True)
