@@ -132,9 +132,9 @@ class Denoiser:
         one = everything.clone()
         one[:, :-1] = False
         one[1, 0] = True  # rows of different sizes
+        full = self.logits(x).logits
         try:
             cache = self.new_cache(*x.shape)
-            full = self.logits(x).logits
             self.logits(x, compute=everything, cache=cache)
             again = self.logits(x, compute=one, read=everything, cache=cache).logits
         except (AttributeError, TypeError, ValueError, IndexError, KeyError, RuntimeError) as error:
