@@ -116,9 +116,7 @@ def test_a_causal_model_with_the_shift_from_left_to_right_is_plain_greedy(kind: 
     bad = [[toys.MASK]]
     plain = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False, bad_words_ids=bad)
     for cache in (NoCache(), PrefixCache()):
-        decoder = Diffusion(
-            Quota(1), cache, block_length=1, mask_token_id=toys.MASK, logits_shift=True, causal=True
-        )
+        decoder = Diffusion(Quota(1), cache, block_length=1, mask_token_id=toys.MASK, logits_shift=True, causal=True)
         ours = decoder.generate(model, ids, attention_mask=mask, max_new_tokens=12)
         assert torch.equal(ours, plain)
 

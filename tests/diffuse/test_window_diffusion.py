@@ -167,9 +167,7 @@ def test_no_row_is_read_before_it_is_written(monkeypatch: pytest.MonkeyPatch) ->
         assert not (clean[method] == toys.MASK).any()
     monkeypatch.undo()
     for method, wanted in clean.items():
-        assert torch.equal(
-            method.decoder().generate(model, IDS, attention_mask=PADDING, max_new_tokens=20), wanted
-        )
+        assert torch.equal(method.decoder().generate(model, IDS, attention_mask=PADDING, max_new_tokens=20), wanted)
 
 
 @pytest.mark.prop("window-diffusion", 7)
@@ -205,7 +203,8 @@ def test_reveals_stay_near_the_first_mask(variant: str, monkeypatch: pytest.Monk
 
 @pytest.mark.prop("window-diffusion", 8)
 @pytest.mark.parametrize(
-    ("new", "external", "internal", "cycle"), [(20, 12, 4, 5), (17, 17, 3, 4), (24, 8, 8, 1), (9, 12, 5, 7), (20, 16, 1, 6)]
+    ("new", "external", "internal", "cycle"),
+    [(20, 12, 4, 5), (17, 17, 3, 4), (24, 8, 8, 1), (9, 12, 5, 7), (20, 16, 1, 6)],
 )
 def test_passes_and_places_follow_the_formula(new: int, external: int, internal: int, cycle: int) -> None:
     model = toys.random_model()
@@ -370,7 +369,10 @@ def test_other_rules_run_in_the_window_and_other_policies_under_its_rule() -> No
         ({"refresh_cycle": 0}, "refresh_cycle = 0"),
         ({"internal_window": 0}, "internal_window = 0"),
         ({"external_window": True}, "external_window = True"),
-        ({"external_window": 8, "internal_window": 9}, "internal_window = 9, but it must be at most external_window = 8"),
+        (
+            {"external_window": 8, "internal_window": 9},
+            "internal_window = 9, but it must be at most external_window = 8",
+        ),
         ({"variant": "mercury"}, "variant"),
         ({"alg": "luck"}, "alg"),
         ({"steps": 0}, "steps"),
