@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -157,8 +158,8 @@ def test_frozen_rows_are_read_in_order_and_never_written(shift: bool, monkeypatc
             before = low
         assert before > 9, "something was frozen beyond the prompt"
     monkeypatch.undo()
+    denoiser = Denoiser(model, mask_token_id=toys.MASK)
     with pytest.raises(LimitError, match="frozen"):
-        denoiser = Denoiser(model, mask_token_id=toys.MASK)
         denoiser.logits(ONE, frozen=torch.tensor([2]), cache=denoiser.new_cache(1, 9))
 
 
@@ -338,7 +339,7 @@ def test_acceptance_sets_are_nested() -> None:
     drafts = torch.randint(9, (500,), generator=generator)
     sets = [accepts(logq, drafts, Acceptance(mode, top_k=3)) for mode in ("argmax", "topk_relative", "topk")]
     sets.append(accepts(logq, drafts, Acceptance("aggressive", top_k=3)))
-    for inner, outer in zip(sets, sets[1:], strict=False):
+    for inner, outer in itertools.pairwise(sets):
         assert (inner <= outer).all()
         assert inner.sum() < outer.sum()
 
@@ -517,17 +518,18 @@ def test_work_of_the_guide_is_counted() -> None:
 def test_maps_are_checked() -> None:
     same: dict[str, Any] = {"vocabulary": 10, "guide": 10, "special": (9,)}
     assert check_map(None, **same).tolist() == list(range(10))
-    assert check_map(None, **same | {"guide": 9}).tolist() == [*range(9), -1]
+    assert check_map(None, **(same | {"guide": 9})).tolist() == [*range(9), -1]
     assert check_map({2: 5}, **same).tolist() == [-1, -1, 5, *[-1] * 7]
-    for bad, settings, text in (
+    wrong: Any = (
         (None, {"guide": 8}, "guide.vocab_size = 8"),
         (None, {"guide": 12}, "guide.vocab_size = 12"),
         (torch.arange(9), {}, "token_map.shape"),
         (torch.arange(10) + 1, {}, "token_map = 10"),
         ({11: 1}, {}, "token_map = 11"),
-    ):
+    )
+    for bad, settings, text in wrong:
         with pytest.raises(LimitError, match=text):
-            check_map(bad, **same | settings)
+            check_map(bad, **(same | settings))
 
 
 def test_tokens_are_matched_by_name() -> None:
@@ -539,7 +541,7 @@ def test_tokens_are_matched_by_name() -> None:
 def test_a_guide_that_does_not_fit_is_refused() -> None:
     model = toys.random_model()
     small = models.tiny("llama", vocab=20)
-    with pytest.raises(LimitError, match="guide.vocab_size = 20"):
+    with pytest.raises(LimitError, match=r"guide\.vocab_size = 20"):
         run(model, GuidedRule(small))
     short = guide()
     short.config.max_position_embeddings = 20

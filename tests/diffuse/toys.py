@@ -33,9 +33,10 @@ def qwen3(seed: int = 0) -> Any:
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
     heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
     ids: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None, "mask_token_id": MASK}
+    ids["is_causal"] = False
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Qwen3ForCausalLM(Qwen3Config(vocab_size=VOCAB, is_causal=False, **sizes, **heads, **ids)).eval()
+        return Qwen3ForCausalLM(Qwen3Config(vocab_size=VOCAB, **sizes, **heads, **ids)).eval()
 
 
 def encoder(kind: str, seed: int = 0) -> Any:
@@ -45,7 +46,13 @@ def encoder(kind: str, seed: int = 0) -> Any:
         if kind == "bert":
             settings = BertConfig(vocab_size=VOCAB, num_attention_heads=4, initializer_range=0.5, **sizes)
             return BertForMaskedLM(settings).eval()
-        ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+        ids: dict[str, Any] = {
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "cls_token_id": 1,
+            "sep_token_id": 2,
+        }
         made = ModernBertForMaskedLM(ModernBertConfig(vocab_size=VOCAB, num_attention_heads=4, **sizes, **ids))
         for weight in made.parameters():
             if weight.dim() == 2:

@@ -124,10 +124,10 @@ class WindowCache(KVPolicy):
         """
         most = int(canvas.masked.sum(1).max()) if len(canvas) else 0
         if self.refresh > 1 and self.external < min(self.internal + self.refresh, most):
+            needed = f"internal + refresh = {self.internal + self.refresh}"
             warnings.warn(
-                f"WindowCache: external = {self.external} is less than internal + refresh = "
-                f"{self.internal + self.refresh}: when a phase reveals a token a pass, its last passes reach masks that "
-                "the window does not hold. They are fed and read, but were absent before.",
+                f"WindowCache: external = {self.external} is less than {needed}: when a phase reveals a token a pass, "
+                "its last passes reach masks that the window does not hold.",
                 stacklevel=2,
             )
         return _Window(self, canvas)
