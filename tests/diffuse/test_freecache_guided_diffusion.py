@@ -518,7 +518,8 @@ def test_work_of_the_guide_is_counted() -> None:
 def test_maps_are_checked() -> None:
     same: dict[str, Any] = {"vocabulary": 10, "guide": 10, "special": (9,)}
     assert check_map(None, **same).tolist() == list(range(10))
-    assert check_map(None, **(same | {"guide": 9})).tolist() == [*range(9), -1]
+    fewer: dict[str, Any] = same | {"guide": 9}
+    assert check_map(None, **fewer).tolist() == [*range(9), -1]
     assert check_map({2: 5}, **same).tolist() == [-1, -1, 5, *[-1] * 7]
     wrong: Any = (
         (None, {"guide": 8}, "guide.vocab_size = 8"),

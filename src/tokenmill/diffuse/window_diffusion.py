@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 CARD = Card(
     name="Window-Diffusion",
-    kind="policy",
+    kind="rule",
     paper=Paper(
         title="Window-Diffusion: Accelerating Diffusion Language Model Inference with Windowed Token Pruning and "
         "Caching",

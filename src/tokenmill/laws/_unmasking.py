@@ -1,4 +1,4 @@
-"""What the laws of rules and of cache policies share: unmasking on tiny bidirectional models."""
+"""Laws of whatever makes a decoder for masked diffusion models, on tiny bidirectional ones."""
 
 from __future__ import annotations
 
