@@ -39,8 +39,6 @@ from tokenmill.trace import Trace
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from tokenmill.attend._session import AttendTrace
-
 CARD = Card(
     name="HISA",
     kind="attention",
@@ -213,7 +211,7 @@ class HISA:
         return max(2, asked, math.ceil(keep / self.block_size))
 
     @contextmanager
-    def attach(self, model: PreTrainedModel) -> Generator[HISATrace | AttendTrace, None, None]:
+    def attach(self, model: PreTrainedModel) -> Generator[Any, None, None]:
         """Replace every indexer inside the ``with``, or choose in ordinary attention.
 
         Yields:
