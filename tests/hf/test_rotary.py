@@ -84,3 +84,21 @@ def test_positions_that_are_not_rotary_are_refused() -> None:
     del model.model.rotary_emb
     with pytest.raises(UnsupportedError, match="no rotary positions"):
         hf.layer_rotary("test", model, 0)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("make", [lambda: models.tiny("llama"), lambda: models.tiny("gemma3"), yarn, partial])
+def test_phases_that_are_looked_up_are_those_that_are_computed(make: Any) -> None:
+    turn = hf.layer_rotary("test", make(), 0)
+    positions = torch.tensor([[0, 3, 3, 19], [7, 1, 0, 2]])
+    with torch.inference_mode():
+        first = turn.phases_below(positions, 20)
+    # The table grows with the bound, and what was made in inference mode serves a backward pass.
+    for bound in (20, 60):
+        for ours, theirs in zip(
+            turn.phases_below(positions + bound - 20, bound), turn.phases(positions + bound - 20), strict=True
+        ):
+            torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(first, turn.phases(positions))
+    x = torch.randn(2, 1, 4, turn.phases(positions)[0].shape[-1] * (2 if make is partial else 1), requires_grad=True)
+    turn.rotate(x, turn.phases_below(positions, 20)).sum().backward()
+    assert x.grad is not None

@@ -43,7 +43,7 @@ class BlockAttention(SparseAttention):
 
     Attributes:
         how: the settings.
-        keep: share or count of the cached tokens.
+        keep: keys of each query.
         layers: indices of the layers; None means all with full attention.
     """
 
@@ -55,8 +55,8 @@ class BlockAttention(SparseAttention):
     def read(self, reading: Reading) -> Answer:
         """See `SparseAttention.read`."""
         batch, groups = reading.key.shape[:2]
-        seen = reading.seen(0, reading.queries, reading.size)
-        span = reading.span(seen)
+        # The last query tells where each row begins; the mask of a whole prompt would be the largest tensor here.
+        span = reading.span(reading.seen(reading.queries - 1, reading.queries, reading.size))
         pooled = reading.follower("hisa", _Pooled, groups) or _Pooled(groups)
         if span is None:
             pooled.index = None  # this forward's keys are not pooled
@@ -67,10 +67,7 @@ class BlockAttention(SparseAttention):
         heads = reading.query.shape[1]
         # One row for each query head; those of a group look into the same keys.
         rows = torch.arange(batch * heads, device=reading.key.device) // (heads // groups)
-        parts = []
-        for start, stop in reading.chunks(_TILE):
-            end = reading.size - reading.queries + stop
-            parts.append(self._tile(reading, index, rows, seen[..., start:stop, :end], start, stop))
+        parts = [self._tile(reading, index, rows, start, stop) for start, stop in reading.chunks(_TILE)]
         return torch.cat(parts, 2).transpose(1, 2).contiguous(), None
 
     def _pool(self, state: _Pooled, key: Tensor, first: Tensor) -> BlockKeys:
@@ -83,11 +80,14 @@ class BlockAttention(SparseAttention):
         state.index = index
         return index
 
-    def _tile(self, reading: Reading, index: BlockKeys, rows: Tensor, seen: Tensor, start: int, stop: int) -> Tensor:
+    def _tile(self, reading: Reading, index: BlockKeys, rows: Tensor, start: int, stop: int) -> Tensor:
         """Output of the queries start .. stop - 1, (B, H, q, d_v)."""
-        query, end = reading.query[:, :, start:stop], seen.shape[-1]
+        query, end = reading.query[:, :, start:stop], reading.end(stop)
         batch, heads, count, _ = query.shape
         key, value = reading.key[:, :, :end], reading.value[:, :, :end]
+        seen = reading.seen(start, stop, end)
+        if reading.span(seen) is None:
+            return reading.attend(query, key, value, seen, scaling=reading.scaling)
         chosen, good, scored = (
             torch.cat(part, 1)
             for part in zip(

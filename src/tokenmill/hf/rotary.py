@@ -56,7 +56,8 @@ class Rotary:
         """x (B, H, T, D) without position -> rotated by ``phases``; computed in float32, given in x's dtype."""
         cos, sin = (phase.float() for phase in phases)
         wide = x.float()
-        return self.apply(wide, wide[:, :1], cos, sin)[0].to(x.dtype)
+        # The model's function turns queries and keys; with no heads in place of the keys they cost nothing.
+        return self.apply(wide, wide[:, :0], cos, sin)[0].to(x.dtype)
 
     def unrotate(self, x: Tensor, phases: Phases) -> Tensor:
         """The inverse of `rotate`: x (B, H, T, D) that was rotated by ``phases`` -> without position."""
