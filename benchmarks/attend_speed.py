@@ -18,12 +18,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 from statistics import median
 from typing import Any
 
+import _memory
 import torch
 from _lines import Lines, seconds
+from _listener import Heard, Listener
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -112,43 +113,30 @@ def source() -> tuple[Any, Tensor]:
 
 
 @cache
-def heard() -> tuple[Any, Rotary, float, Tensor, Tensor, Tensor]:
-    """Gemma's layer on Python source: module, rotation, scale, unrotated keys, values, unrotated queries."""
+def heard() -> tuple[Any, Rotary, Heard]:
+    """Gemma's layer on Python source: the module, its rotation, and queries, keys and values without rotation."""
     model, ids = source()
-    kept: list[tuple[Tensor, Tensor, Tensor]] = []
-
-    @dataclass(frozen=True, slots=True, kw_only=True)
-    class Listener(SparseAttention):
-        layers: tuple[int, ...] | None = (LAYER,)
-
-        def read(self, reading: Reading) -> Answer:
-            phases = reading.call.position_embeddings
-            turn = reading.rotary()
-            kept.append((turn.unrotate(reading.key, phases), reading.value, turn.unrotate(reading.query, phases)))
-            return reading.dense()
-
-        @property
-        def needs_rotary(self) -> bool:
-            return True
-
-    with Listener().attach(model):
+    listener = Listener(layers=(LAYER,), turn_back=True)
+    with listener.attach(model):
         for start in range(0, REAL, 2048):
             model.model(input_ids=ids[:, start : start + 2048])
+    parts = listener.heard[LAYER]
+    query, key, value = (torch.cat(part, 2) for part in list(zip(*parts, strict=True))[:3])
     module = next(m for m in attention_layers(model) if m.layer_idx == LAYER)
-    key, value, query = (torch.cat([one[i] for one in kept], 2) for i in range(3))
-    return module, layer_rotary("attend_speed", model, LAYER), module.scaling, key, value, query[:, :, -STEPS:]
+    return module, layer_rotary("attend_speed", model, LAYER), Heard(query, key, value, parts[0].scaling)
 
 
 def gemma(length: int) -> Layer:
     """The layer with a cache of so many keys."""
-    module, turn, scaling, key, value, query = heard()
+    module, turn, (query, key, value, scaling) = heard()
     many = -(-length // REAL)
     places = turn.phases(torch.arange(length)[None])
     key = turn.rotate(key.repeat(1, 1, many, 1)[:, :, -length:], places)
     # Every query stands at the end, where the key of its own token is taken to be the last one.
-    last = turn.phases(torch.full((1, STEPS), length - 1))
+    last = turn.phases(torch.full((1, STEPS + 1), length - 1))
+    query = turn.rotate(query[:, :, -STEPS - 1 :], last)
     value = value.repeat(1, 1, many, 1)[:, :, -length:].contiguous()
-    return Layer(module, key, value, turn.rotate(query, last), turn, scaling)
+    return Layer(module, key, value, query, turn, scaling)
 
 
 def drawn(length: int, heads: int, groups: int, width: int, queries: int) -> Layer:
@@ -168,30 +156,18 @@ def drawn(length: int, heads: int, groups: int, width: int, queries: int) -> Lay
 def reuse() -> dict[str, dict[str, float]]:
     """theta -> layer -> the share of steps whose query is alike the one that chose last, over 512 tokens of source."""
     model, ids = source()
-    heard_at: dict[int, Tensor] = {}
-
-    @dataclass(frozen=True, slots=True, kw_only=True)
-    class Listener(SparseAttention):
-        layers: tuple[int, ...] | None = None
-
-        def read(self, reading: Reading) -> Answer:
-            heard_at[reading.layer] = reading.unrotated_query()[0].transpose(0, 1).flatten(1)  # (T, H d)
-            return reading.dense()
-
-        @property
-        def needs_rotary(self) -> bool:
-            return True
-
-    with Listener().attach(model):
+    listener = Listener(turn_back=True)
+    with listener.attach(model):
         model.model(input_ids=ids[:, :1024])
     found: dict[str, dict[str, float]] = {}
     for theta in (0.9, 0.75):
-        for layer, queries in heard_at.items():
-            kept, hits = queries[512], 0
-            for query in queries[513:]:
-                alike = bool(similar(query[None], kept[None], theta))
+        for layer, (one,) in listener.heard.items():
+            kept, *later = one.query[0, :, 511:].transpose(0, 1).flatten(1)[:, None]  # (1, H d) each
+            hits = 0
+            for query in later:
+                alike = bool(similar(query, kept, theta))
                 hits, kept = hits + alike, kept if alike else query
-            found.setdefault(str(theta), {})[str(layer)] = hits / len(queries[513:])
+            found.setdefault(str(theta), {})[str(layer)] = hits / len(later)
     return found
 
 
@@ -205,24 +181,27 @@ def decoding(layer: Layer, methods: dict[str, SparseAttention]) -> dict[str, Any
     """Milliseconds a step, dense and with each method, over the same queries one after another."""
     readers: dict[str, Callable[[Tensor], Any]] = {"dense": layer.dense}
     readers |= {name: layer.reader(method) for name, method in methods.items()}
+    first, *steps = (query.contiguous() for query in layer.queries.split(1, 2))
+    before: dict[str, dict[str, int]] = {}
+    for name, read in readers.items():
+        read(first)  # makes the state; the query before those that are timed, so that none of them is met again
+        before[name] = read.trace.counts() if name in methods else {}  # type: ignore[attr-defined]
     took: dict[str, list[float]] = {name: [] for name in readers}
-    for step in range(layer.queries.shape[2]):
-        query = layer.queries[:, :, step : step + 1].contiguous()
+    for query in steps:
         for name, read in readers.items():
-            if step == 0:
-                read(query)  # makes the state
             took[name].append(1000 * seconds(lambda read=read, query=query: read(query)))
     found: dict[str, Any] = {}
     for name, times in took.items():
         found[name] = {"ms_p50": median(times), "ms_mean": sum(times) / len(times)}
-        if name != "dense":
-            # The mean over steps counts those that choose anew; the median would leave out the rarer of the two.
-            found[name]["faster"] = sum(took["dense"]) / sum(times)
-            found[name]["faster_p50"] = median(d / t for d, t in zip(took["dense"], times, strict=True))
-            trace: AttendTrace = readers[name].trace  # type: ignore[attr-defined]
-            calls = trace.selections + trace.reused
-            found[name]["reused"] = trace.reused / calls if calls else 0.0
-            found[name]["bytes_read"] = trace.bytes_read // (len(times) + 1)
+        if name not in methods:
+            continue
+        # The mean over steps counts those that choose anew; the median would leave out the rarer of the two.
+        found[name]["faster"] = sum(took["dense"]) / sum(times)
+        found[name]["faster_p50"] = median(d / t for d, t in zip(took["dense"], times, strict=True))
+        after = readers[name].trace.counts()  # type: ignore[attr-defined]
+        counted = {key: after[key] - before[name][key] for key in ("selections", "reused", "bytes_read")}
+        found[name]["reused"] = counted["reused"] / len(times)
+        found[name]["bytes_read"] = counted["bytes_read"] // len(times)
     return found
 
 
@@ -258,9 +237,9 @@ def cases(what: str, length: int, *, alone: bool = False) -> tuple[Layer, dict[s
             for positions in ("contiguous", "original"):
                 for theta in (0.9, None, -1.0):  # -1 reuses at every step: the most that the cache can save
                     made[f"{positions}, theta {theta}"] = TokenSelect(theta=theta, positions=positions)  # type: ignore[arg-type]
-            return drawn(length, 4, 1, 256, 1) if alone else gemma(length), made
+            return drawn(length, 4, 1, 256, 2) if alone else gemma(length), made
         case "fasa":
-            layer = drawn(length, 32, 8, 128, STEPS // 3)
+            layer = drawn(length, 32, 8, 128, STEPS // 3 + 1)
             ranking = some_ranking(layer)
             shares = ("head", "kv_group")
             return layer, {f"share {share}": FASA(ranking, share=share) for share in shares}  # type: ignore[arg-type]
@@ -273,9 +252,13 @@ def formula(layer: Layer, method: SparseAttention) -> int:
     """Bytes above the cache and the method's own state on it, for one call of one sequence."""
     heads, width, size = layer.queries.shape[1], layer.queries.shape[3], layer.size
     if isinstance(method, TokenSelect):
-        read = method.n_init + int(method.keep) + method.n_local
-        # Logits and their softmax for each head; their sum; keys and values that were gathered, keys once more turned.
-        return 4 * (2 * heads * size + size) + 4 * 3 * layer.key.shape[1] * read * width
+        rows = 4 * (method.n_init + int(method.keep) + method.n_local) * width
+        # Logits and their softmax for each head, and their sum, unless the last selection is used again.
+        scores = 0 if method.theta == -1 else 4 * (2 * heads + 1) * size
+        # Keys and values that are gathered; to turn keys: cosines and sines, three products and what comes out.
+        return (
+            scores + layer.key.shape[1] * rows * 2 + (rows * (2 + 4 * layer.key.shape[1]) if method.needs_rotary else 0)
+        )
     if isinstance(method, FASA):
         # Scores of each head and a copy without padding; what each head gathers.
         return 4 * 2 * heads * size + 4 * 2 * heads * int(method.keep) * width
@@ -294,20 +277,13 @@ def peak(what: str, length: int, name: str) -> float:
 def measure_peak(what: str, length: int, name: str) -> None:
     layer, methods = cases(what, length, alone=True)
     read = layer.reader(methods[name])
-    query = layer.queries if what == "tsa" else layer.queries[:, :, :1].contiguous()
+    first, query = (layer.queries, layer.queries) if what == "tsa" else layer.queries[:, :, :2].split(1, 2)
     with torch.inference_mode():
         if what != "tsa":
-            read(query)  # the dominant channels of all keys, and keys without rotation, are state
-        Path("/proc/self/clear_refs").write_text("5")  # Linux forgets the highest mark so far
-        before = held_kib("VmRSS")
-        read(query)
-    print((held_kib("VmHWM") - before) / 1024)
-
-
-def held_kib(name: str) -> int:
-    """A line of this process's memory, in KiB."""
-    status = Path("/proc/self/status").read_text()
-    return int(next(line for line in status.splitlines() if line.startswith(name)).split()[1])
+            # The dominant channels of all keys, and keys without rotation, are state. The second query is unlike it.
+            read(first.contiguous())
+        query = query.contiguous()
+        print(_memory.peak_mib(lambda: read(query)))
 
 
 SLUGS = {"tokenselect": "tokenselect", "fasa": "fasa", "tsa": "token-sparse-attention"}
@@ -328,10 +304,7 @@ def main() -> None:
         for length in LENGTHS[what]:
             with torch.inference_mode():
                 layer, methods = cases(what, length)
-                if what == "tsa":
-                    found = prefill(layer, methods["half"], 5 if length == LENGTHS[what][-1] else 20)
-                else:
-                    found = decoding(layer, methods)
+                found = prefill(layer, methods["half"], 20) if what == "tsa" else decoding(layer, methods)
                 if what == "tokenselect" and length == LENGTHS[what][0]:
                     lines.keep("reuse", shares=reuse())
             heads, groups, width = layer.queries.shape[1], *layer.key.shape[1::2]

@@ -5,43 +5,34 @@ python benchmarks/attention_mass.py     # about two minutes
 A ranking is calibrated on four texts (and on one, beside it) at k = 128 and used on others: 2,048 tokens of Python
 source, of which the last 64 queries of each full layer choose 128 keys. The mass is the share of dense attention (a
 softmax over all keys that the query sees) that lies on the chosen keys, the mean over heads and queries. Beside it:
-chunks drawn at random (five draws), the exact top keys, sinks with a window, and pages.
+chunks drawn at random (five draws), the exact top keys, sinks with a window, pages, and hierarchical choice (HISA with
+``score_fn="dot"``) beside whole blocks of the same number of keys.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from _lines import Lines
+from _listener import Listener
 from torch import Tensor
 
 from tokenmill import models
-from tokenmill.attend import FCRanking, SparseAttention, top_indices
+from tokenmill.attend import FCRanking, hisa_select, top_indices
 from tokenmill.attend._baselines import page_bound
 from tokenmill.attend._frequency import chunk_channels, dominant_keys
 from tokenmill.attend._gather import grouped
-from tokenmill.attend._session import Answer, Reading
 from tokenmill.attend.fasa import calibrate
 from tokenmill.bench.texts import Source, sources
 
 MODEL, LENGTH, QUERIES, KEEP, DRAWS, PAGE, SINKS = "gemma-3-270m", 2048, 64, 128, 5, 16, 8
 TIPS = (8, 16, 32, 64)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Listener(SparseAttention):
-    """Dense attention that keeps the last queries and all keys of each full layer."""
-
-    layers: tuple[int, ...] | None = None
-    heard: dict[int, tuple[Tensor, Tensor, float]] = field(default_factory=dict)
-
-    def read(self, reading: Reading) -> Answer:
-        self.heard[reading.layer] = reading.query[:, :, -QUERIES:].clone(), reading.key.clone(), reading.scaling
-        return reading.dense()
+BLOCKS = ((16, 32), (32, 16), (32, 4))  # tokens of a block, blocks; with 4 of 32 all tokens of the best are read
+SEEN = 3  # test texts on which k was chosen among 64, 128 and 256; they are left out
 
 
 def texts(source: Source, tokenizer: Any, split: str, count: int) -> list[Tensor]:
@@ -81,6 +72,16 @@ def by_pages(query: Tensor, key: Tensor) -> Tensor:
     return torch.stack(bounds, 2).repeat_interleave(PAGE, -1)
 
 
+def by_blocks(query: Tensor, key: Tensor, size: int, blocks: int) -> Tensor:
+    """Ones at the keys that each query head finds in the best blocks of its KV head's keys."""
+    heads = query.shape[1]
+    rows = key[0].repeat_interleave(heads // key.shape[1], 0)  # (H, S, d)
+    found = hisa_select(
+        query[0, :, :, None], rows, None, block_size=size, top_blocks=blocks, top_k=KEEP, score_fn="dot"
+    )  # (H, Q, KEEP)
+    return torch.zeros(1, heads, QUERIES, LENGTH).scatter(-1, found.long()[None], 1.0)
+
+
 def by_place() -> Tensor:
     """Sinks first, then the newest keys."""
     at = torch.arange(LENGTH, dtype=torch.float32)
@@ -108,6 +109,9 @@ def choices(made: dict[str, FCRanking], layer: int, heads: int) -> dict[str, lis
         ways[f"random {tip}"] = draws
     ways["sinks and window"] = [lambda _q, _k: by_place().expand(1, heads, -1, -1)]
     ways["pages"] = [by_pages]
+    for size, blocks in BLOCKS:
+        name = "whole blocks" if size * blocks == KEEP else "hisa"
+        ways[f"{name}, {blocks} of {size}"] = [partial(by_blocks, size=size, blocks=blocks)]
     return ways
 
 
@@ -145,12 +149,13 @@ def main() -> None:
                 found = overlap(ranking, made[name], tip)
                 lines.keep("overlap", text=name, n_tip=tip, overlap=found, chance=tip / ranking.chunks)
         kept: dict[tuple[str, int], list[float]] = {}
-        given = texts(code, tokenizer, "test", options.texts)
+        given = texts(code, tokenizer, "test", SEEN + options.texts)[SEEN:]
         for ids in given:
             listener = Listener()
             with listener.attach(model):
                 model(input_ids=ids, logits_to_keep=1)
-            for layer, (query, key, scaling) in listener.heard.items():
+            for layer, ((query, key, _, scaling),) in listener.heard.items():
+                query = query[:, :, -QUERIES:]
                 kept.setdefault(("oracle", layer), []).append(mass(query, key, query, scaling, oracle=True))
                 for name, ways in choices(made, layer, query.shape[1]).items():
                     values = [mass(query, key, way(query, key), scaling) for way in ways]

@@ -16,10 +16,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
+import _memory
 import torch
 from _lines import Lines, seconds
 from torch import Tensor
@@ -70,19 +70,13 @@ def measure_peak(name: str, n: int, d: int, k: int) -> None:
     small = torch.randn(64, HEADS * 2)
     for warm in (*selections(small, 8).values(), lambda: product(small)):
         warm()
-    # Linux forgets the highest mark so far, which importing has set.
-    Path("/proc/self/clear_refs").write_text("5")
-    before = held_kib("VmRSS")
-    x = torch.randn(n, d, generator=torch.Generator().manual_seed(0))
-    way = (lambda: product(x)) if name == "product" else selections(x, k)[name]
-    way()
-    print((held_kib("VmHWM") - before) / 1024)
 
+    def select() -> None:
+        x = torch.randn(n, d, generator=torch.Generator().manual_seed(0))
+        way = (lambda: product(x)) if name == "product" else selections(x, k)[name]
+        way()
 
-def held_kib(what: str) -> int:
-    """A line of this process's memory, in KiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(what))
+    print(_memory.peak_mib(select))
 
 
 def selection_speed(lines: Lines, n: int, d: int, k: int) -> None:

@@ -15,13 +15,13 @@ import contextlib
 import json
 import math
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
+from _pipe import HERE, Peer
+
 RESULTS = HERE.parent / "results" / "awrs-peer.jsonl"
 PREDICATES = ("no_letter_e", "short_words")
 PROMPTS = (
@@ -32,34 +32,6 @@ PROMPTS = (
     "She opened the door and",
     "A good way to learn music is",
 )
-
-
-class Peer:
-    """The other side of the pipe."""
-
-    def __init__(self, about: dict[str, Any]) -> None:
-        python = HERE / "genlm-control" / ".venv" / "bin" / "python"
-        if not python.exists():
-            sys.exit(f"There is no {python}: run `make peers` first.")
-        self.process = subprocess.Popen(
-            [str(python), str(HERE / "genlm-control" / "serve.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        self.ask(about)
-
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
-
-    def close(self) -> None:
-        self.process.stdin.close()  # type: ignore[union-attr]
-        self.process.wait()
 
 
 class Ours:
@@ -149,7 +121,7 @@ def main() -> None:
     packed = Ours(about, packed=True)
     plain = Ours(about, packed=False)
     folder = Path(plain.model.config._name_or_path)
-    peer = Peer({**about, "folder": str(folder)})
+    peer = Peer("genlm-control", {**about, "folder": str(folder)})
     sides = {"tokenmill, packed": packed, "tokenmill": plain, "genlm-control": peer}
     warm = {"prompt_ids": plain.tokenizer("Hello")["input_ids"], "predicate": "no_letter_e", "n_particles": 2,
             "max_tokens": 3, "seed": 0}  # fmt: skip

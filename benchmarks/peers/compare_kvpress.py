@@ -12,57 +12,25 @@ attention dense and never lets a later token go; ours reads sinks and a moving w
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
-import subprocess
 import sys
 import time
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
+from _pipe import HERE, Peer
 
-HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from _lines import Lines  # noqa: E402
+from _lines import Lines
 
-from tokenmill import attend, models  # noqa: E402
-from tokenmill.bench.texts import sources  # noqa: E402
+from tokenmill import attend, models
+from tokenmill.bench.texts import sources
 
 MODEL, PROMPT, FOLLOW = "python-target", 448, 48
 WINDOW, KERNEL, SINKS = 32, 5, 4
-
-
-class Peer:
-    """The other side of the pipe."""
-
-    def __init__(self, about: dict[str, Any]) -> None:
-        python = HERE / "kvpress" / ".venv" / "bin" / "python"
-        if not python.exists():
-            sys.exit(f"There is no {python}: run `make peers` first.")
-        self.process = subprocess.Popen(
-            [str(python), str(HERE / "kvpress" / "serve.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        self.ask(about)
-
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
 
 
 def ours(model: Any, request: dict[str, Any]) -> dict[str, Any]:
@@ -74,15 +42,14 @@ def ours(model: Any, request: dict[str, Any]) -> dict[str, Any]:
         "streaming": lambda: attend.StreamingLLM(keep=keep, n_sink=SINKS, positions="original"),
     }[request["press"]]()
     ids, bits, took = torch.tensor([request["prompt_ids"]]), [], []
-    with nullcontext() if method is None else method.attach(model) as trace:
+    with nullcontext() if method is None else method.attach(model):
         out = model(ids, use_cache=True)
         for token in request["follow_ids"]:
             bits.append(-float(out.logits[0, -1].float().log_softmax(-1)[token]) / math.log(2))
             start = time.perf_counter()
             out = model(torch.tensor([[token]]), past_key_values=out.past_key_values, use_cache=True)
             took.append(1000 * (time.perf_counter() - start))
-    read = PROMPT if trace is None else trace.keys_read
-    return {"bits": bits, "ms": statistics.median(took), "kept": keep if method is not None else PROMPT, "read": read}
+    return {"bits": bits, "ms": statistics.median(took), "kept": PROMPT if method is None else keep}
 
 
 def main() -> None:
@@ -95,7 +62,7 @@ def main() -> None:
     texts = [text for _, text in sorted(sources("compare_kvpress", "python-stdlib", 1)["code"].texts["test"].items())]
     given = [tokenizer(text[:8000], add_special_tokens=False)["input_ids"] for text in texts]
     given = [ids[: PROMPT + FOLLOW] for ids in given if len(ids) >= PROMPT + FOLLOW][: options.prompts]
-    peer = Peer({"folder": str(model.config._name_or_path), "threads": options.threads})
+    peer = Peer("kvpress", {"folder": str(model.config._name_or_path), "threads": options.threads})
     lines = Lines("kvpress-peer", "baselines", model=MODEL, peer="kvpress 0.5.5, transformers 5.2.0")
     settings = [("none", 0.0), *((press, ratio) for press in ("streaming", "snapkv") for ratio in (0.5, 0.75))]
     with torch.inference_mode():

@@ -17,7 +17,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from kvpress import SnapKVPress, StreamingLLMPress  # pyright: ignore[reportMissingImports]
+from kvpress import SnapKVPress, StreamingLLMPress  # pyright: ignore[reportAttributeAccessIssue]
 from transformers import AutoModelForCausalLM, DynamicCache
 
 
