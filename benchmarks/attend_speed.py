@@ -260,8 +260,9 @@ def formula(layer: Layer, method: SparseAttention) -> int:
             scores + layer.key.shape[1] * rows * 2 + (rows * (2 + 4 * layer.key.shape[1]) if method.needs_rotary else 0)
         )
     if isinstance(method, FASA):
-        # Scores of each head and a copy without padding; what each head gathers.
-        return 4 * 2 * heads * size + 4 * 2 * heads * int(method.keep) * width
+        # Scores of each head; for each that chooses a copy without padding, counts of ties (twice) and three masks.
+        choosers = heads if method.share == "head" else layer.key.shape[1]
+        return 4 * heads * size + (4 + 2 * 4 + 3) * choosers * size + 4 * 2 * choosers * int(method.keep) * width
     kept = size // 2
     # Window scores of one KV head (logits and softmax), all heads' sums; query, key, value and output of what stays.
     window = 4 * 2 * (heads // layer.key.shape[1]) * 128 * size + 4 * 3 * heads * size
