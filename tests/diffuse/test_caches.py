@@ -191,6 +191,7 @@ def test_flops_of_a_run_are_the_sum_over_passes() -> None:
 
     made = Denoiser(model, mask_token_id=toys.MASK)
     assert decoder.trace.flops == pytest.approx(2 * made.flops(17, 17) + 6 * made.flops(4, 17))
+    assert decoder.trace.bytes_read == 8 * made.bytes_read(17)
     assert decoder.trace.refreshes == 2
 
 

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.diffuse import toys
 from tokenmill import models
-from tokenmill.diffuse import Denoiser, Diffusion, NoCache, PrefixCache, Quota, Threshold
+from tokenmill.diffuse import Denoiser, Diffusion, DualCache, NoCache, PrefixCache, Quota, Threshold
 from tokenmill.errors import LimitError, UnsupportedError
 
 
@@ -106,6 +106,20 @@ def test_a_cache_that_is_not_kept_is_found() -> None:
     settings: dict[str, Any] = {"mask_token_id": toys.MASK, "logits_shift": True}
     with pytest.raises(UnsupportedError, match="does not recompute single places"):
         Diffusion(Quota(1), PrefixCache(), **settings).generate(model, toys.prompts()[0], max_new_tokens=4)
+
+
+def test_a_foreign_module_that_keeps_its_cache_runs_with_every_policy() -> None:
+    model, (ids, mask) = toys.CachingDream(), toys.prompts()
+    settings: dict[str, Any] = {"mask_token_id": toys.MASK, "logits_shift": True, "block_length": 4}
+    plain = Diffusion(Quota(1), **settings)
+    wanted = plain.generate(model, ids, attention_mask=mask, max_new_tokens=9)
+    assert torch.equal(wanted, Diffusion(Quota(1), **settings).generate(
+        toys.Dream(), ids, attention_mask=mask, max_new_tokens=9))  # fmt: skip
+    # It has one layer, so what is cached is exact.
+    for cache in (PrefixCache(), DualCache()):
+        ours = Diffusion(Quota(1), cache, **settings)
+        assert torch.equal(ours.generate(model, ids, attention_mask=mask, max_new_tokens=9), wanted)
+        assert ours.trace.positions < plain.trace.positions
 
 
 @pytest.mark.parametrize("kind", toys.KINDS)
@@ -218,6 +232,8 @@ def test_flops_follow_the_formula() -> None:
     )  # fmt: skip
     made = denoiser(LlamaForCausalLM(config))
     per_layer = 16 * 24 + 2 * 16 * 12 + 24 * 16 + 3 * 16 * 24
+    assert made.bytes_read(11) == 2 * 3 * 1 * 12 * 11 * 4
+    assert denoiser(toys.Dream()).bytes_read(11) == 0
     assert made.flops(5, 11) == 2 * 5 * (3 * per_layer + 16 * 40) + 4 * 3 * 2 * 12 * 5 * 11
 
 

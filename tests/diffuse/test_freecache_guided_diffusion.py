@@ -356,6 +356,8 @@ def test_acceptance_by_hand() -> None:
     assert good("topk_relative") == [0, 1]
     assert good("topk_relative", relative=0.7) == [0]
     assert good("threshold") == [0, 1, 2]
+    assert good("threshold", threshold=0.2) == [0, 1]
+    assert good("threshold", threshold=0.02, floor=0.5) == [0, 1, 2, 3]
     assert good("aggressive", top_k=1, floor=0.4, top_p=0.45) == [0]
     assert good("aggressive", top_k=2, floor=0.4, top_p=0.1) == [0, 1]
     assert good("aggressive", top_k=1, floor=0.1, top_p=0.1) == [0, 1, 2]

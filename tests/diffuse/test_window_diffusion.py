@@ -306,6 +306,21 @@ def test_the_cache_holds_key_heads_only() -> None:
         assert max(shape[2] for shape in shapes) == 29
 
 
+def test_attention_reads_whatever_is_fed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a phase goes beyond its window."""
+    model = toys.random_model()
+    spy = Spy(monkeypatch)
+    for method in (window(4, 3, 9), window(4, 4, 9, variant="dream"), window(10, 3, 4)):
+        spy.passes.clear()
+        run(method, model)
+        assert len(spy.decoding) == 20
+        outside = 0
+        for before, one in zip([None, *spy.decoding], spy.decoding, strict=False):
+            assert (one["compute"] <= one["read"]).all()
+            outside += int(before is not None and bool((one["compute"] & ~before["read"]).any()))
+        assert outside > 2
+
+
 def test_text_behind_the_masks_and_revealed_far_tokens_are_context() -> None:
     """Sets of places, not prefixes: tokens to the right of the window are read."""
     model = toys.random_model()

@@ -156,6 +156,34 @@ class Dream(Llada):
         return SimpleNamespace(logits=self.head(h + scores.softmax(-1) @ h))
 
 
+class CachingDream(Dream):
+    """Keeps its states in a cache of transformers: a token's features, and its position as one channel more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config.num_hidden_layers = 1
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool = False,
+    ) -> Any:
+        self.calls += 1
+        h = self.embed[input_ids]
+        place = torch.arange(h.shape[1]).expand(h.shape[:2]) if position_ids is None else position_ids
+        states = torch.cat([h, place[..., None].float()], dim=-1)[:, None]
+        if use_cache:
+            states, _ = past_key_values.update(states, states, 0)
+        seen, where = states[:, 0, :, :-1], states[:, 0, :, -1]
+        scores = h @ self.key @ seen.mT / 4 - 0.3 * (place[:, :, None] - where[:, None, :]).abs()
+        if attention_mask is not None:
+            scores = scores.masked_fill(~attention_mask[:, 0], -torch.inf)
+        return SimpleNamespace(logits=self.head(h + scores.softmax(-1) @ seen))
+
+
 class Table(Toy):
     """A causal guide that predicts a fixed text: the logits at place j say ``text[j + 1]``."""
 

@@ -284,6 +284,13 @@ class Denoiser:
         width = heads * (getattr(config, "head_dim", None) or hidden // heads)
         return 2.0 * self._linear * queries + 4.0 * layers * width * queries * keys
 
+    def bytes_read(self, keys: int) -> int:
+        """Bytes of keys and values that attention reads in a pass of one row; 0 for a class of unknown layout."""
+        if self.kind != "decoder":
+            return 0
+        shape = hf.attention_shape(self.model)
+        return 2 * shape.layers * shape.kv_heads * shape.head_dim * keys * self.dtype.itemsize
+
     def _probe_ids(self) -> Tensor:
         """(2, 4) ids that differ in the last one; no mask, no end."""
         vocabulary = self.model.config.vocab_size

@@ -182,7 +182,7 @@ class Judge:
             before = torch.arange(wanted.shape[1], device=wanted.device) < wanted.to(torch.int8).argmax(1)[:, None]
             run = ((good | before).long().cumprod(1) * wanted).sum(1)
             agreed = agreed + run
-            stopped = alive & (run < wanted.sum(1))
+            stopped = alive & (run < stop - start)
             if at_rejection is None:
                 at_rejection = logq.new_zeros(len(canvas), logq.shape[1])
             column = (before.sum(1) + run).clamp(max=wanted.shape[1] - 1)
@@ -213,7 +213,9 @@ class Judge:
         trace.guide_calls += 1
         for queries, keys in zip(batch.queries.tolist(), batch.keys.tolist(), strict=True):
             trace.guide_positions += queries
-            trace.flops += self.denoiser.flops(queries, keys) if queries else 0.0
+            if queries:
+                trace.flops += self.denoiser.flops(queries, keys)
+                trace.bytes_read += self.denoiser.bytes_read(keys)
         wanted = batch.valid & (batch.targets >= start[:, None]) & (batch.targets < stop[:, None])
         if not bool(batch.logits[wanted].amax(-1).isfinite().all()):
             raise NonFiniteError("GuidedRule: the guide's logits are not finite. The answers so far are in .partial.")

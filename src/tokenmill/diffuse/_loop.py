@@ -182,6 +182,7 @@ def _count(canvas: Canvas, denoiser: Denoiser, plan: Plan, batch: Batch, trace: 
         trace.positions += queries
         trace.refreshes += new
         trace.flops += denoiser.flops(queries, keys)
+        trace.bytes_read += denoiser.bytes_read(keys)
 
 
 def _check_finite(best: Tensor, batch: Batch, trace: DiffusionTrace) -> None:
