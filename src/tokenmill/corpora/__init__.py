@@ -7,6 +7,9 @@ from tokenmill.corpora._digit_scenes import COLOURS, Picture, Question, Thing, d
 from tokenmill.corpora._digit_scenes import KINDS as SCENE_KINDS
 from tokenmill.corpora._digit_scenes import LICENCE as DIGITS_LICENCE
 from tokenmill.corpora._digit_scenes import MOST as MOST_DIGITS
+from tokenmill.corpora._exercises import EXERCISE_TASKS, Exercise, ExerciseTask, Gap, exercises, python_gaps
+from tokenmill.corpora._exercises import LETTERS as EXERCISE_LETTERS
+from tokenmill.corpora._exercises import WINDOW as PYTHON_WINDOW
 from tokenmill.corpora._page_scenes import KINDS as PAGE_KINDS
 from tokenmill.corpora._page_scenes import LETTERS, Entry, page_scenes
 from tokenmill.corpora._page_scenes import MOST as MOST_ENTRIES
@@ -16,10 +19,16 @@ __all__ = [
     "COLOURS",
     "Corpus",
     "DIGITS_LICENCE",
+    "EXERCISE_LETTERS",
+    "EXERCISE_TASKS",
     "Entry",
+    "Exercise",
+    "ExerciseTask",
+    "Gap",
     "LETTERS",
     "MOST_ENTRIES",
     "PAGE_KINDS",
+    "PYTHON_WINDOW",
     "MOST_DIGITS",
     "Picture",
     "Question",
@@ -27,7 +36,9 @@ __all__ = [
     "SCENE_KINDS",
     "Thing",
     "digit_scenes",
+    "exercises",
     "load",
     "names",
     "page_scenes",
+    "python_gaps",
 ]
