@@ -34,11 +34,13 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tokenmill import corpora
+from tokenmill.diffuse import Diffusion, Quota
 from tokenmill.models._state import load_state, save_state
 
 PAD, EOT, MASK = 0, 1, 2
 SPECIAL = ("<pad>", "<eot>", "<mask>")
 WARM_UP = 100
+PART = 100  # rows that are measured at once
 HELD_OUT, SLICE = 500, 60  # exercises of each kind that are measured, and those that a test measures again
 
 
@@ -58,7 +60,7 @@ class Shape:
 
 TASKS = {
     "mixed": Shape(hidden=64, layers=3, heads=4, mlp=192, batch=64, rate=2e-3, steps=5_000),
-    "long": Shape(hidden=64, layers=4, heads=4, mlp=192, batch=32, rate=2e-3, steps=5_000),
+    "long": Shape(hidden=64, layers=4, heads=4, mlp=192, batch=16, rate=2e-3, steps=6_000),
     "hard": Shape(hidden=64, layers=4, heads=4, mlp=192, batch=64, rate=2e-3, steps=8_000),
     "python": Shape(hidden=128, layers=4, heads=4, mlp=384, batch=32, rate=1e-3, steps=2_500),
 }
@@ -128,13 +130,20 @@ def build_model(shape: Shape, words: int, *, causal: bool) -> LlamaForCausalLM:
     )
 
 
-def exercise_rows(tokenizer: Any, task: str, count: int, *, step: int, shorter: bool) -> Rows:
-    """Training rows of a batch: prompts padded on the left, answers in a buffer that end-of-text tokens fill."""
-    drawn = corpora.exercises(task, "train", count, seed=step)
+def exercise_rows(tokenizer: Any, task: str, count: int, *, step: int, whole: bool) -> Rows:
+    """Training rows of a batch: prompts padded on the left, answers in a buffer that end-of-text tokens fill.
+
+    All rows of a batch of long answers are of one kind, since a list of sums has a much longer prompt than the others.
+    The buffer of every second batch is shorter, unless it has to be ``whole``.
+    """
+    kinds = corpora.EXERCISE_TASKS[task].kinds
+    drawn = corpora.exercises(
+        task, "train", count, seed=step, kinds=[kinds[step // 2 % len(kinds)]] if task == "long" else kinds
+    )
     prompts = tokenizer([x.prompt for x in drawn])["input_ids"]
     answers = tokenizer([x.answer for x in drawn])["input_ids"]
     room, least = corpora.EXERCISE_TASKS[task].answer, max(map(len, answers)) + 1
-    if shorter:
+    if step % 2 and not whole:
         room = int(torch.randint(least, room + 1, (), generator=torch.Generator().manual_seed(step)))
     width = max(map(len, prompts))
     ids = torch.full((count, width + room), EOT)
@@ -178,7 +187,6 @@ def hidden(rows: Rows, generator: torch.Generator) -> Tensor:
 def loss_of(model: LlamaForCausalLM, rows: Rows, causal: bool, step: int) -> Tensor:
     """Cross-entropy of the hidden tokens; of every token of the answer for a causal model."""
     if causal:
-        # The answer and one end-of-text token behind it count as much as the tail that follows.
         out = model(input_ids=rows.ids, attention_mask=rows.seen.long(), position_ids=rows.positions, use_cache=False)
         wanted = rows.answer[:, 1:]
         return F.cross_entropy(out.logits[:, :-1][wanted], rows.ids[:, 1:][wanted])
@@ -209,8 +217,6 @@ def train(
     """Train for `plan.seconds`, or for `plan.steps`; gives the model, the steps and the seconds."""
     torch.manual_seed(plan.seed)
     model = build_model(shape, words, causal=causal).train()
-    # The backward pass of fused attention takes most of a step's time on a CPU, at these sizes.
-    model.set_attn_implementation("eager")
     optimizer = torch.optim.AdamW(model.parameters(), lr=shape.rate, betas=(0.9, 0.98), weight_decay=0.01)
     before, step = load_state(plan.state, model, optimizer) if plan.state.exists() else (0.0, 0)
     began, saved, mean = time.monotonic() - before, time.monotonic(), None
@@ -237,40 +243,61 @@ def train(
     return model.eval(), step, spent
 
 
-@torch.no_grad()
 def accuracy(model: Any, tokenizer: Any, task: str, *, count: int, seed: int, causal: bool) -> dict[str, float]:
-    """Share of right answers to held-out prompts of each kind, one token a pass (or left to right for a guide)."""
+    """Share of right answers to held-out prompts of each kind, one token a pass; a guide writes from left to right."""
     about = corpora.EXERCISE_TASKS[task]
+    how: dict[str, Any] = {} if causal else {"custom_generate": Diffusion(Quota(1), block_length=about.block)}
     reached = {}
     for kind in about.kinds:
-        asked = corpora.exercises(task, "test", count, seed=seed, kinds=[kind])
-        inputs = tokenizer([x.prompt for x in asked], padding=True, return_tensors="pt", return_token_type_ids=False)
-        how: dict[str, Any] = {"do_sample": False}
-        if not causal:
-            how = {"custom_generate": Diffusion(Quota(1), block_length=about.block)}
-        out = model.generate(**inputs, max_new_tokens=about.answer, **how)
-        reached[kind] = sum(x.check(text) for x, text in zip(asked, answers(tokenizer, out, inputs), strict=True))
-    return {kind: round(right / count, 4) for kind, right in reached.items()}
-
-
-def answers(tokenizer: Any, out: Tensor, inputs: Any) -> list[str]:
-    """What stands behind the prompts up to the first end-of-text token."""
-    rows = out[:, inputs["input_ids"].shape[1] :].tolist()
-    return [tokenizer.decode(row[: row.index(EOT)] if EOT in row else row) for row in rows]
+        drawn, right = corpora.exercises(task, "test", count, seed=seed, kinds=[kind]), 0
+        for start in range(0, count, PART):
+            asked = drawn[start : start + PART]
+            inputs = tokenizer([x.prompt for x in asked], padding=True, return_tensors="pt")
+            given = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+            out = model.generate(**given, max_new_tokens=about.answer, do_sample=False, **how)
+            rows = out[:, given["input_ids"].shape[1] :].tolist()
+            right += sum(x.check(corpora.answer_text(tokenizer, row)) for x, row in zip(asked, rows, strict=True))
+        reached[kind] = round(right / count, 4)
+    return reached
 
 
 @torch.no_grad()
-def gaps_filled(model: Any, tokenizer: Any, *, count: int, seed: int) -> dict[str, float]:
-    """Share of gaps of 4 to 8 bytes filled byte by byte, most confident byte first, and bits a byte of the bound."""
+def filled(model: Any, tokenizer: Any, *, count: int, seed: int) -> dict[str, float]:
+    """Share of gaps in held-out Python filled byte by byte, one byte a pass, and bits a byte of the likelihood bound.
+
+    The bound is the model's own objective: each window with a number m of hidden tokens spread evenly over 1 to L,
+    weighted by L / m.
+    """
     gaps = corpora.python_gaps("test", count, seed=seed)
-    rows = torch.tensor([tokenizer((g.before + g.gap + g.after).decode("latin-1"))["input_ids"] for g in gaps])
-    raise NotImplementedError
+    rows = torch.tensor([tokenizer(gap.text)["input_ids"] for gap in gaps])
+    given = rows.clone()
+    for row, gap in zip(given, gaps, strict=True):
+        row[len(gap.before) : len(gap.before) + len(gap.gap)] = MASK
+    right = 0
+    for start in range(0, count, PART):
+        out = Diffusion(Quota(1), infill=True).generate(model, given[start : start + PART], max_new_tokens=0)
+        right += sum(tokenizer.decode(row) == gap.text for row, gap in zip(out, gaps[start:], strict=False))
+    length = rows.shape[1]
+    generator = torch.Generator().manual_seed(seed)
+    number = 1 + (torch.arange(count) * length // count)[:, None]
+    hide = torch.rand(rows.shape, generator=generator).argsort(1).argsort(1) < number
+    nats = torch.cat([
+        F.cross_entropy(model(input_ids=x.masked_fill(h, MASK)).logits.transpose(1, 2), x, reduction="none") * h / n
+        for x, h, n in zip(rows.split(PART), hide.split(PART), number.split(PART), strict=True)
+    ])
+    return {"gaps": round(right / count, 4), "bits_per_byte": round(float(nats.sum(1).mean()) / math.log(2), 4)}
 
 
-def save(model: Any, tokenizer: Any, folder: Path, card: dict[str, Any]) -> Any:
-    """Write bfloat16 weights, tokenizer and card; gives the model as it will be loaded."""
+def measure(model: Any, tokenizer: Any, task: str, *, count: int, seed: int, causal: bool) -> dict[str, float]:
+    """What the card says of a model."""
+    if task == "python":
+        return filled(model, tokenizer, count=count, seed=seed)
+    return accuracy(model, tokenizer, task, count=count, seed=seed, causal=causal)
+
+
+def save(model: Any, tokenizer: Any, folder: Path) -> Any:
+    """Write bfloat16 weights and the tokenizer; gives the model as it will be loaded."""
     model.to(dtype=torch.bfloat16)
-    model.set_attn_implementation("sdpa")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -301,7 +328,7 @@ def main(arguments: list[str] | None = None) -> None:
         number = options.seed * 10_000_000 + step
         if stream is not None:
             return python_rows(stream, shape.batch, step=number)
-        return exercise_rows(tokenizer, options.task, shape.batch, step=number, shorter=bool(step % 2))
+        return exercise_rows(tokenizer, options.task, shape.batch, step=number, whole=causal)
 
     plan = Plan(
         None if options.minutes is None else 60 * options.minutes,
@@ -309,10 +336,29 @@ def main(arguments: list[str] | None = None) -> None:
         options.seed,
         options.out / f"{name}.state.safetensors",
     )
-    cpu = time.process_time()
     model, steps, seconds = train(shape, len(tokenizer), batch_at, plan, causal=causal)
-    cpu = time.process_time() - cpu
-    print(f"trained in {seconds:.0f} s, {cpu:.0f} s of the processor")
+    weights = sum(p.numel() for p in model.parameters())
+    final = save(model, tokenizer, options.out / name)
+    task, stop = options.task, f" --minutes {options.minutes:g}" if options.minutes else f" --steps {steps}"
+    card = {
+        "name": name,
+        "licence": "Apache-2.0; trained on "
+        + (f"Python's standard library ({corpora.PYTHON_LICENCE})" if task == "python" else "exercises made here"),
+        "weights": weights,
+        "held_out": {"each_kind": options.held_out, "seed": 1}
+        | measure(final, tokenizer, task, count=options.held_out, seed=1, causal=causal),
+        "slice": {"each_kind": SLICE, "seed": 2} | measure(final, tokenizer, task, count=SLICE, seed=2, causal=causal),
+        "seconds": round(seconds),
+        "threads": torch.get_num_threads(),
+        "steps": steps,
+        "rows_seen": steps * shape.batch,
+        "seed": options.seed,
+        "command": f"python recipes/masked_diffusion.py --task {task}"
+        + (f" --guide {options.guide}" if causal else "")
+        + f"{stop} --threads {torch.get_num_threads()} --seed {options.seed} --out DIR",
+    }
+    (options.out / name / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+    print(f"{name}: {card['held_out']} after {steps} steps, {seconds:.0f} s")
 
 
 if __name__ == "__main__":

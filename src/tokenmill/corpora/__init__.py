@@ -7,12 +7,13 @@ from tokenmill.corpora._digit_scenes import COLOURS, Picture, Question, Thing, d
 from tokenmill.corpora._digit_scenes import KINDS as SCENE_KINDS
 from tokenmill.corpora._digit_scenes import LICENCE as DIGITS_LICENCE
 from tokenmill.corpora._digit_scenes import MOST as MOST_DIGITS
-from tokenmill.corpora._exercises import EXERCISE_TASKS, Exercise, ExerciseTask, Gap, exercises, python_gaps
+from tokenmill.corpora._exercises import EXERCISE_TASKS, Exercise, ExerciseTask, Gap, answer_text, exercises, python_gaps
 from tokenmill.corpora._exercises import LETTERS as EXERCISE_LETTERS
 from tokenmill.corpora._exercises import WINDOW as PYTHON_WINDOW
 from tokenmill.corpora._page_scenes import KINDS as PAGE_KINDS
 from tokenmill.corpora._page_scenes import LETTERS, Entry, page_scenes
 from tokenmill.corpora._page_scenes import MOST as MOST_ENTRIES
+from tokenmill.corpora._stdlib import LICENCE as PYTHON_LICENCE
 from tokenmill.corpora._stdlib import load, names
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "LETTERS",
     "MOST_ENTRIES",
     "PAGE_KINDS",
+    "PYTHON_LICENCE",
     "PYTHON_WINDOW",
     "MOST_DIGITS",
     "Picture",
@@ -35,6 +37,7 @@ __all__ = [
     "Record",
     "SCENE_KINDS",
     "Thing",
+    "answer_text",
     "digit_scenes",
     "exercises",
     "load",

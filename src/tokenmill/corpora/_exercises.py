@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import permutations
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +24,8 @@ from tokenmill.errors import LimitError, unknown_name
 
 SPLITS = ("train", "validation", "test")
 LETTERS = "abcdefghijklmnop"
-WINDOW = 128  # bytes of Python source around a gap, gap included
-GAP = (4, 8)  # least and most bytes of a gap
+WINDOW = 128  # characters of Python source around a gap, gap included
+GAP = (4, 8)  # least and most characters of a gap
 _SIDE = 4  # of a Sudoku
 _BOX = 2
 _TRIES = 200  # draws a wanted exercise, before a split counts as exhausted
@@ -69,7 +70,7 @@ class ExerciseTask:
 
 EXERCISE_TASKS = {
     "mixed": ExerciseTask(("add", "permutation", "reverse"), "0123456789+=PC" + LETTERS, 7, 12, 12),
-    "long": ExerciseTask(("count", "sums"), "0123456789+-=:;" + LETTERS, 73, 128, 16),
+    "long": ExerciseTask(("count", "sums"), "0123456789+-=:;" + LETTERS, 49, 128, 16),
     "hard": ExerciseTask(("totals", "sudoku"), "0123456789+=;_S", 18, 24, 24),
 }
 
@@ -79,13 +80,24 @@ class Gap:
     """A window of Python source with a gap: what stands before it, what it holds, and what stands behind it."""
 
     id: str
-    before: bytes
-    gap: bytes
-    after: bytes
+    before: str
+    gap: str
+    after: str
 
-    def check(self, text: bytes) -> bool:
-        """Whether the gap is filled byte by byte."""
+    @property
+    def text(self) -> str:
+        """The whole window."""
+        return self.before + self.gap + self.after
+
+    def check(self, text: str) -> bool:
+        """Whether the gap is filled character by character."""
         return text == self.gap
+
+
+def answer_text(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text of an answer's ids up to the first end-of-text token."""
+    end = tokenizer.eos_token_id
+    return tokenizer.decode(ids[: ids.index(end)] if end in ids else ids, skip_special_tokens=True)
 
 
 def exercises(
@@ -133,7 +145,7 @@ def split_of(prompt: str) -> str:
 
 
 def python_gaps(split: str, count: int, *, seed: int = 0) -> list[Gap]:
-    """Windows of 128 bytes of Python's standard library with a gap of 4 to 8 bytes, in files of one split.
+    """Windows of 128 ASCII characters of Python's standard library with a gap of 4 to 8, in files of one split.
 
     Args:
         split: ``"train"`` or ``"test"``, the corpus's own.
@@ -142,17 +154,19 @@ def python_gaps(split: str, count: int, *, seed: int = 0) -> list[Gap]:
     """
     if count < 1:
         raise LimitError("python_gaps", "count", count, "at least 1")
-    files = [(record.id, record.text.encode()) for record in load("python-stdlib").split(split)]
-    sizes = np.array([len(data) - WINDOW for _, data in files], float).clip(0)
+    files = load("python-stdlib").split(split)
+    sizes = np.array([len(record.text) - WINDOW for record in files], float).clip(0)
     rng = np.random.default_rng([seed, len(split)])
-    found = []
-    for number in rng.choice(len(files), count, p=sizes / sizes.sum()):
-        name, data = files[number]
-        start = int(rng.integers(0, len(data) - WINDOW + 1))
+    found: list[Gap] = []
+    while len(found) < count:
+        record = files[int(rng.choice(len(files), p=sizes / sizes.sum()))]
+        start = int(rng.integers(0, len(record.text) - WINDOW + 1))
         length = int(rng.integers(GAP[0], GAP[1] + 1))
         at = int(rng.integers(WINDOW // 4, WINDOW - WINDOW // 4 - length))
-        window = data[start : start + WINDOW]
-        found.append(Gap(f"{name}@{start + at}", window[:at], window[at : at + length], window[at + length :]))
+        window = record.text[start : start + WINDOW]
+        if window.isascii():
+            before, gap, after = window[:at], window[at : at + length], window[at + length :]
+            found.append(Gap(f"{record.id}@{start + at}", before, gap, after))
     return found
 
 
@@ -195,8 +209,8 @@ def _count(rng: np.random.Generator) -> tuple[str, str]:
 
 
 def _sums(rng: np.random.Generator) -> tuple[str, str]:
-    """2 to 12 labelled sums, answered with their labels in order."""
-    pairs = rng.integers(0, 100, (int(rng.integers(2, 13)), 2))
+    """2 to 8 labelled sums, answered with their labels in order."""
+    pairs = rng.integers(0, 100, (int(rng.integers(2, 9)), 2))
     asked = "".join(f"{label}{a:02d}+{b:02d}" for label, (a, b) in zip(LETTERS, pairs, strict=False))
     return asked + "=", "".join(f"{label}{a + b:03d}" for label, (a, b) in zip(LETTERS, pairs, strict=False))
 
