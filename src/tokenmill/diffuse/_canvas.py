@@ -25,6 +25,7 @@ class Canvas:
         eot_ids: (E,) int64, ids that end a text; E may be 0.
         block_length: places of one block.
         shift: the prediction for a place is read at the place before it.
+        vocab_size: number of ids that the model has.
         row: (B,) int64, which row of the call this is.
         left: (B, S) bool, masks of blocks that a rule has given up.
         drafts: (B, S) int64, the latest prediction for each place; the mask id where there was none.
@@ -48,6 +49,7 @@ class Canvas:
     eot_ids: Tensor
     block_length: int
     shift: bool
+    vocab_size: int
     row: Tensor
     left: Tensor
     drafts: Tensor
@@ -76,6 +78,7 @@ class Canvas:
         eot_ids: Tensor,
         block_length: int,
         shift: bool,
+        vocab_size: int = 0,
     ) -> Canvas:
         """A canvas before its first pass."""
         batch = x.shape[0]
@@ -95,6 +98,7 @@ class Canvas:
             eot_ids=eot_ids,
             block_length=block_length,
             shift=shift,
+            vocab_size=vocab_size,
             row=torch.arange(batch, device=x.device),
             left=none(),
             drafts=torch.full_like(x, mask_id),

@@ -44,7 +44,7 @@ class Diffusion:
         eot_id: ids that end a text; ``None`` takes ``eos_token_id`` of the generation config.
         logits_shift: the prediction for a place is read one place before it; ``None`` takes ``logits_shift`` of the
             model's configuration, or False.
-        steps: passes that a quota spreads the answer over; ``None``: one token a pass.
+        steps: passes that a quota spreads the answer over; ``None``: as many as the answer has tokens.
         schedule: ``"even"`` splits each block's tokens evenly over its share of the steps (LLaDA), ``"linear"``
             follows the time grid from 1 to 0.001 over the whole answer (Dream).
         temperature: of the draws; ``None`` is 0, or the generation config's when it says ``do_sample=True``.
@@ -213,6 +213,7 @@ class Diffusion:
             eot_ids=torch.tensor(denoiser.eos_ids, dtype=torch.long, device=ids.device),
             block_length=self.block_length if self.block_length is not None else max(room, 1),
             shift=denoiser.shift,
+            vocab_size=int(request.model.config.vocab_size),
         )
         canvas.trace = trace
         canvas.generators = request.row_generators(self.seed)

@@ -44,7 +44,7 @@ class Denoiser:
             ``use_bidirectional_attention=True``), a masked language model (BERT, ModernBERT; without cache), or an
             object with the call of LLaDA (``input_ids, attention_mask``) or Dream (``..., position_ids``) that the
             user has built.
-        mask_token_id: the id of the mask; it never comes out.
+        mask_token_id: the id of the mask; it never comes out. None for a model without one (a guide).
         eos_token_ids: ids that end a text.
         logits_shift: the prediction for a place is the logits of the place before it (Dream).
         suppress_tokens: further ids that never come out.
@@ -59,18 +59,20 @@ class Denoiser:
         self,
         model: Any,
         *,
-        mask_token_id: int,
+        mask_token_id: int | None,
         eos_token_ids: Iterable[int] = (),
         logits_shift: bool = False,
         suppress_tokens: Iterable[int] = (),
         causal: bool = False,
     ) -> None:
         where, self.model = "Denoiser", model
-        self.mask_id, self.shift, self.causal = mask_token_id, logits_shift, causal
+        self.shift, self.causal = logits_shift, causal
+        self.mask_id = -1 if mask_token_id is None else mask_token_id
+        masks = () if mask_token_id is None else (mask_token_id,)
         self.eos_ids = tuple(dict.fromkeys(eos_token_ids))
-        self.suppressed = (mask_token_id, *suppress_tokens)
+        self.suppressed = (*masks, *suppress_tokens)
         vocabulary = getattr(model.config, "vocab_size", None)
-        for name, ids in (("mask_token_id", (mask_token_id,)), ("eos_token_ids", self.eos_ids)):
+        for name, ids in (("mask_token_id", masks), ("eos_token_ids", self.eos_ids), ("suppress", self.suppressed)):
             bad = [i for i in ids if i < 0 or (vocabulary is not None and i >= vocabulary)]
             if bad:
                 raise LimitError(where, name, bad[0], f"in [0, {vocabulary}), the model's vocabulary")
@@ -82,6 +84,11 @@ class Denoiser:
         self.window = hf.sliding_window(model) if self.kind == "decoder" else None
         self.form = hf.mask_form(where, model) if self.kind == "decoder" else "bool"
         self._linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model's weights."""
+        return next(self.model.parameters()).dtype
 
     @property
     def device(self) -> torch.device:
@@ -181,6 +188,7 @@ class Denoiser:
         compute: Tensor | None = None,
         read: Tensor | None = None,
         cache: hf.IndexedCache | None = None,
+        frozen: Tensor | None = None,
     ) -> Batch:
         """One pass.
 
@@ -192,24 +200,31 @@ class Denoiser:
             read: (B, S) bool, the places that attention reads; ``None`` for all that are fed. Places beyond those
                 need a cache that holds them.
             cache: written at ``compute`` and read at ``read``.
+            frozen: (B,) int64, places below it must not be written.
+
+        Raises:
+            LimitError: a place to feed that is frozen.
         """
         real = torch.ones_like(x, dtype=torch.bool) if real is None else real
         positions = self.default_positions(real) if positions is None else positions
         compute = real if compute is None else compute
         read = compute if read is None else read
-        fed, given, most_fed = _pack(compute)
+        if frozen is not None and bool((compute & (torch.arange(x.shape[1], device=x.device) < frozen[:, None])).any()):
+            raise LimitError("Denoiser", "compute", "a frozen place", f"from place {frozen.tolist()} on")
+        fed, given = _pack(compute)
         if cache is None:
             seen, shown = fed, given
         else:
-            seen, shown, _ = _pack(read)
+            seen, shown = _pack(read)
             self._plan(cache, fed, given, seen, shown, x.shape[1])
         call = self._call(given, shown, positions.gather(1, fed), fed, seen, cache)
         with torch.no_grad():
             logits = self.model(input_ids=x.gather(1, fed), **call).logits
-        logits = logits.float().index_fill(-1, torch.tensor(self.suppressed, device=logits.device), -torch.inf)
+        logits = logits.float()
+        if self.suppressed:
+            logits = logits.index_fill(-1, torch.tensor(self.suppressed, device=logits.device), -torch.inf)
         targets = fed + int(self.shift)
         valid = given & (targets < x.shape[1])
-        assert logits.shape[1] == most_fed
         return Batch(logits, targets.clamp(max=x.shape[1] - 1), valid, compute.sum(1), shown.sum(1))
 
     def _plan(self, cache: hf.IndexedCache, fed: Tensor, given: Tensor, seen: Tensor, shown: Tensor, size: int) -> None:
@@ -220,8 +235,10 @@ class Denoiser:
             cache.plan(write=write, read=None if whole else rows)
             return
         spare = size + torch.arange(fed.shape[1], device=fed.device)
-        # A pad to read repeats the row's first place, and the mask hides it.
-        cache.plan(write=torch.where(given, fed, spare), read=torch.where(shown, seen, seen[:, :1]))
+        write = torch.where(given, fed, spare)
+        # A pad to read repeats a row that is there, and the mask hides it.
+        there = torch.where(shown[:, :1], seen[:, :1], write[:, :1])
+        cache.plan(write=write, read=torch.where(shown, seen, there))
 
     def _call(
         self,
@@ -242,17 +259,22 @@ class Denoiser:
             assert seen is not None
             gap = (fed[:, :, None] - seen[:, None, :])[:, None]
             mask = mask & (gap >= 0) if self.causal else mask
-        call["attention_mask"] = hf.as_form(mask, self.form, self.model.dtype)
-        if self.window is not None:
-            near = hf.as_form(mask & (gap.abs() < self.window), self.form, self.model.dtype)
-            kinds = set(hf.layer_types(self.model))
-            both = {"full_attention": call["attention_mask"], "sliding_attention": near}
-            call["attention_mask"] = both if len(kinds) > 1 else near
+            near = mask if self.window is None else mask & (gap.abs() < self.window)
+            call["attention_mask"] = self._forms(mask, near)
+        else:
+            call["attention_mask"] = hf.as_form(mask, self.form, self.dtype)
         if cache is not None:
             call |= {"past_key_values": cache, "use_cache": True}
         elif "use_cache" in _parameters(self.model):
             call["use_cache"] = False
         return call
+
+    def _forms(self, mask: Tensor, near: Tensor) -> Tensor | dict[str, Tensor]:
+        """The masks of full and of sliding layers, in the form that the model takes."""
+        kinds = set(hf.layer_types(self.model)) if self.window is not None else {"full_attention"}
+        each = {"full_attention": mask, "sliding_attention": near}
+        made = {kind: hf.as_form(each[kind], self.form, self.dtype) for kind in kinds}
+        return made if len(made) > 1 else next(iter(made.values()))
 
     def flops(self, queries: int, keys: int) -> float:
         """Operations of a pass of one row: 2 for each weight and query, 4 for each query, key and attention width."""
@@ -301,9 +323,9 @@ def _parameters(model: Any) -> frozenset[str]:
     return frozenset(inspect.signature(model.forward).parameters)
 
 
-def _pack(places: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Sets (B, S) bool as ascending indices (B, Q), padded with other places; which of them count; and Q."""
+def _pack(places: Tensor) -> tuple[Tensor, Tensor]:
+    """Sets (B, S) bool as ascending indices (B, Q), padded with other places, and which of them count."""
     counts = places.sum(1)
     most = max(int(counts.max()), 1)
     index = places.to(torch.int8).sort(dim=1, descending=True, stable=True).indices[:, :most]
-    return index, torch.arange(most, device=places.device) < counts[:, None], most
+    return index, torch.arange(most, device=places.device) < counts[:, None]

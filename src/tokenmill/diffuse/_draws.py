@@ -62,7 +62,7 @@ def kept(scores: Tensor, *, top_k: int, top_p: float) -> Tensor:
         least = scores.topk(min(top_k, scores.shape[-1]), -1).values[:, -1:]
         scores = scores.masked_fill(scores < least, -torch.inf)
     if top_p < 1:
-        ordered, index = scores.sort(-1, descending=True, stable=True)
+        ordered, index = scores.sort(dim=-1, descending=True, stable=True)
         p = ordered.softmax(-1)
         out = p.cumsum(-1) - p >= top_p  # the mass in front of a token is enough already
         scores = scores.masked_fill(torch.zeros_like(out).scatter(-1, index, out), -torch.inf)

@@ -94,7 +94,13 @@ def _pass(
 ) -> Proposal:
     """Feed the planned places and enter what the model predicts into the canvas."""
     batch = denoiser.logits(
-        canvas.x, real=canvas.real, positions=canvas.positions, compute=plan.compute, read=plan.read, cache=cache
+        canvas.x,
+        real=canvas.real,
+        positions=canvas.positions,
+        compute=plan.compute,
+        read=plan.read,
+        cache=cache,
+        frozen=plan.frozen,
     )
     _count(canvas, denoiser, plan, batch, trace)
     best, drafts = batch.logits.max(-1)  # (B, Q)
@@ -153,10 +159,11 @@ def _end_of_text(canvas: Canvas, count: int) -> Tensor:
 
 def _set_quota(canvas: Canvas, settings: Settings) -> None:
     steps = settings.steps
-    if steps is None:
-        return
     if settings.schedule == "linear":
+        steps = steps if steps is not None else max(canvas.size - canvas.prompt, 1)
         canvas.quota = linear_quota(canvas.masked.sum(1), steps, canvas.passes)
+        return
+    if steps is None:
         return
     blocks = max(-(-(canvas.size - canvas.prompt) // canvas.block_length), 1)
     block = ((canvas.start - canvas.prompt) // canvas.block_length).clamp(min=0)

@@ -21,12 +21,14 @@ class Plan:
         allow: (B, S) bool, places that may be revealed, as far as the policy is concerned; ``None`` for all that are
             predicted.
         refresh: (B,) bool, the rows for which this pass renews the cache.
+        frozen: (B,) int64, places below it keep their keys and values for good; feeding one is an error.
     """
 
     compute: Tensor
     read: Tensor
     refresh: Tensor
     allow: Tensor | None = None
+    frozen: Tensor | None = None
 
 
 class PolicyRun(Protocol):

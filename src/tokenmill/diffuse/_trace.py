@@ -24,6 +24,7 @@ class DiffusionTrace(Trace):
         lengths: length of each row's answer; a cut row is shorter than the others.
         still_masked: rows that ended with masks, after a rule gave up a block.
         revealed: for each pass, tokens revealed over all rows.
+        accepted_runs: for each pass of a guided rule, the drafts that the guide agreed to in each live row.
         guide_calls, guide_positions: forward passes of a guide (rows count one each), and tokens fed to it.
         history: the answers (B, G) after each pass, the mask id where nothing is revealed; filled on request.
         prompt: where the answer starts.
@@ -38,6 +39,7 @@ class DiffusionTrace(Trace):
     lengths: list[int] = field(default_factory=list)
     still_masked: list[bool] = field(default_factory=list)
     revealed: list[int] = field(default_factory=list)
+    accepted_runs: list[list[int]] = field(default_factory=list)
     guide_calls: int = 0
     guide_positions: int = 0
     history: list[Tensor] = field(default_factory=list)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from tokenmill.models._causal import CausalModel
 
 KINDS = ("deepseek_v32", "gemma3", "glm_moe_dsa", "llama", "qwen2")
+BIDIRECTIONAL = ("llama", "qwen2", "gemma3")
 SLIDING_WINDOW = 16
 _GAIN = 2.0  # weights of std gain / sqrt(fan in): large enough that greedy output wanders over the vocabulary
 _TIED_EMBEDDING = 0.2
@@ -38,6 +39,7 @@ def tiny(
     attn: str = "sdpa",
     dtype: torch.dtype = torch.float32,
     layers: int | None = None,
+    bidirectional: bool = False,
 ) -> CausalModel:
     """Build a random causal language model of hidden size 32, 512 positions and no end token.
 
@@ -52,9 +54,11 @@ def tiny(
         dtype: dtype of the weights (drawn in float32, then cast).
         layers: number of layers; ``None`` means 6 for ``"gemma3"`` and 2 for the others. Every third layer and
             the last one of ``"gemma3"`` attend fully.
+        bidirectional: tokens see each other in both directions, and the last id is the mask: a masked diffusion
+            model. ``"llama"``, ``"qwen2"`` and ``"gemma3"`` (whose window is 9 then) can.
 
     Raises:
-        LimitError: unknown ``kind``, fewer than 2 tokens or fewer than 1 layer.
+        LimitError: unknown ``kind``, fewer than 2 tokens, fewer than 1 layer, or a kind that is always causal.
     """
     if kind not in KINDS:
         raise unknown_name("models.tiny", "kind", kind, KINDS)
@@ -62,15 +66,18 @@ def tiny(
         raise LimitError("models.tiny", "vocab", vocab, "at least 2")
     if layers is not None and layers < 1:
         raise LimitError("models.tiny", "layers", layers, "at least 1")
+    if bidirectional and kind not in BIDIRECTIONAL:
+        limit = f"one of {', '.join(BIDIRECTIONAL)} with bidirectional=True"
+        raise LimitError("models.tiny", "kind", kind, limit)
     depth = layers if layers is not None else (6 if kind == "gemma3" else 2)
     with torch.random.fork_rng(devices=[]):
-        model = _build(kind, vocab, depth, attn)
+        model = _build(kind, vocab, depth, attn, bidirectional)
     _draw_weights(model, seed)
     model.to(dtype=dtype)  # pyright: ignore[reportCallIssue]
     return cast("CausalModel", model.eval())
 
 
-def _build(kind: str, vocab: int, depth: int, attn: str) -> PreTrainedModel:
+def _build(kind: str, vocab: int, depth: int, attn: str, bidirectional: bool) -> PreTrainedModel:
     shared: dict[str, Any] = {
         "vocab_size": vocab,
         "hidden_size": 32,
@@ -83,6 +90,9 @@ def _build(kind: str, vocab: int, depth: int, attn: str) -> PreTrainedModel:
         "eos_token_id": None,
         "attn_implementation": attn,
     }
+    if bidirectional:
+        flag = {"use_bidirectional_attention": True} if kind == "gemma3" else {"is_causal": False}
+        shared |= {"mask_token_id": vocab - 1, **flag}
     if kind == "llama":
         return LlamaForCausalLM(LlamaConfig(num_key_value_heads=4, **shared))
     if kind == "qwen2":
