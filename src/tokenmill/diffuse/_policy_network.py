@@ -189,7 +189,8 @@ def policy_inputs(proposal: Proposal, config: PolicyConfig) -> tuple[Tensor, Ten
     else:
         confidence = proposal.top(config.confidences)
     wide = F.pad(confidence, (0, 0, 0, 1))  # one more place, which stands for nothing
-    masked = F.pad(canvas.masked, (0, 1)).gather(1, start)
+    masks = (canvas.x == canvas.mask_id) & canvas.real  # those of blocks that were given up as well
+    masked = F.pad(masks, (0, 1)).gather(1, start)
     seen = wide.gather(1, start[..., None].expand(-1, -1, config.confidences))
     time = (canvas.passes / max(length, 1)).clamp(max=1.0)[:, None].float()
     return masked, seen, time, start
