@@ -34,6 +34,7 @@ class Canvas:
         revealed: (B, S) bool, the places that the last pass revealed.
         refreshed: (B,) bool, the last pass was one that the cache policy calls a refresh.
         passes, block_passes: (B,) int64, passes so far, and in the current block.
+        head: (B,) int64, where the first block starts: the answer, or a mask inside the prompt.
         start, stop: (B,) int64, the current block is [start, stop).
         block_masks: (B,) int64, masks that the current block had at its first pass.
         quota: (B,) int64, how many tokens the decoder's schedule of steps reveals in this pass.
@@ -59,6 +60,7 @@ class Canvas:
     refreshed: Tensor
     passes: Tensor
     block_passes: Tensor
+    head: Tensor
     start: Tensor
     stop: Tensor
     block_masks: Tensor
@@ -108,11 +110,13 @@ class Canvas:
             refreshed=none()[:, 0],
             passes=zero(),
             block_passes=zero(),
+            head=zero() + prompt,
             start=zero() - 1,
             stop=zero() - 1,
             block_masks=zero(),
             quota=zero() + 1,
         )
+        made.head = made.first.clamp(max=prompt)
         made.find_block()
         return made
 
@@ -161,8 +165,7 @@ class Canvas:
         block = ((first - self.prompt) // self.block_length).clamp(min=0)
         start = self.prompt + block * self.block_length
         stop = (start + self.block_length).minimum(self.length)
-        if self.prompt:
-            start = torch.where(block == 0, 0, start)  # masks inside a prompt belong to the first block
+        start = torch.where(block == 0, self.head, start)
         moved = start != self.start
         self.block_passes = torch.where(moved, 0, self.block_passes)
         self.start, self.stop = start, stop
