@@ -67,6 +67,11 @@ class BlockFilter(nn.Module):
         weight = next(self.parameters())
         return self.layers(F.pad(confidence.to(weight), (0, k - n)))[..., :n].float()
 
+    @property
+    def flops(self) -> float:
+        """Operations for one block: 2 for each weight of a matrix."""
+        return 2.0 * sum(p.numel() for p in self.parameters() if p.dim() == 2)
+
     def save(self, folder: Path) -> None:
         """Write ``filter.safetensors`` and ``filter.json`` into a folder, each whole or not at all."""
         folder.mkdir(parents=True, exist_ok=True)

@@ -125,6 +125,11 @@ class PolicyNetwork(nn.Module):
         mixed = F.scaled_dot_product_attention(q, k, split(self.value(x)))
         return self.mix(mixed.transpose(1, 2).reshape(n, length, d))
 
+    def flops(self, length: int) -> float:
+        """Operations for one row of ``length`` places: 2 for each weight of a matrix, and those of attention."""
+        weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        return 2.0 * weights * length + 4.0 * self.config.width * length**2
+
     def save(self, folder: Path) -> None:
         """Write ``policy.safetensors`` and ``policy.json`` into a folder, each whole or not at all."""
         folder.mkdir(parents=True, exist_ok=True)

@@ -77,7 +77,7 @@ CARD = Card(
     trains=True,
     task="diffuse",
     needs=frozenset({"filter"}),
-    works_with=("llama", "qwen2", "qwen3"),
+    works_with=("llama", "qwen2", "gemma3_text"),
     differs=(
         "end-of-text prediction cuts each row of a batch at its own place; the authors cut all at the first row's",
         "training rows are split by prompt, not row by row, so that no prompt is on both sides",
@@ -162,6 +162,8 @@ class Learn2PD(RevealRule):
         places, confidence = block_confidence(proposal.canvas)
         with torch.no_grad():
             let = self.filter(confidence).sigmoid() > threshold
+        if proposal.canvas.trace is not None:
+            proposal.canvas.trace.flops += len(confidence) * self.filter.flops
         return F.pad(none, (0, 1)).scatter(1, places, let)[:, :-1]
 
     def _cut(self, proposal: Proposal, accepted: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ CARD = Card(
     trains=True,
     task="diffuse",
     needs=frozenset({"policy"}),
-    works_with=("llama", "qwen2", "qwen3"),
+    works_with=("llama", "qwen2", "gemma3_text"),
     differs=(
         "the variant that reads the language model's hidden states is left out",
         "equal utilities are decided by confidence, where the authors' argmax takes the first place",
@@ -158,6 +158,8 @@ class UnmaskingPolicy(RevealRule):
         masked, confidence, time, places = policy_inputs(proposal, network.config)
         with torch.no_grad():
             logits = network(masked, confidence, time)
+        if proposal.canvas.trace is not None:
+            proposal.canvas.trace.flops += len(masked) * network.flops(masked.shape[1])
         wide = torch.full((*proposal.eligible.shape,), -torch.inf, device=logits.device)
         return torch.nn.functional.pad(wide, (0, 1)).scatter(1, places, logits)[:, :-1]
 
