@@ -10,7 +10,7 @@ running totals of a sum of many terms, and 4 x 4 Sudoku.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import permutations
@@ -28,7 +28,7 @@ WINDOW = 128  # characters of Python source around a gap, gap included
 GAP = (4, 8)  # least and most characters of a gap
 _SIDE = 4  # of a Sudoku
 _BOX = 2
-_TRIES = 200  # draws a wanted exercise, before a split counts as exhausted
+_PATIENCE = 5_000  # draws in a row without anything new, after which a split counts as exhausted
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,13 +128,17 @@ def exercises(
     rng = np.random.default_rng([seed, SPLITS.index(split), *task.encode()])
     found: list[Exercise] = []
     seen: set[str] = set()
-    for kind, prompt, answer in _draws(wanted, rng, _TRIES * count):
-        if split_of(prompt) != split or (split != "train" and prompt in seen):
-            continue
-        seen.add(prompt)
-        found.append(Exercise(f"{split}-{seed}-{len(found)}", kind, prompt, answer))
-        if len(found) == count:
-            return found
+    missed = 0
+    while len(found) < count and missed < _PATIENCE:
+        kind = wanted[int(rng.integers(len(wanted)))]
+        prompt, answer = _MAKERS[kind](rng)
+        missed += 1
+        if split_of(prompt) == split and (split == "train" or prompt not in seen):
+            seen.add(prompt)
+            found.append(Exercise(f"{split}-{seed}-{len(found)}", kind, prompt, answer))
+            missed = 0
+    if len(found) == count:
+        return found
     raise LimitError("exercises", "count", count, f"at most about {len(found)}, the prompts of {split}")
 
 
@@ -168,13 +172,6 @@ def python_gaps(split: str, count: int, *, seed: int = 0) -> list[Gap]:
             before, gap, after = window[:at], window[at : at + length], window[at + length :]
             found.append(Gap(f"{record.id}@{start + at}", before, gap, after))
     return found
-
-
-def _draws(kinds: Sequence[str], rng: np.random.Generator, most: int) -> Iterator[tuple[str, str, str]]:
-    """Kind, prompt and answer, again and again."""
-    for _ in range(most):
-        kind = kinds[int(rng.integers(len(kinds)))]
-        yield kind, *_MAKERS[kind](rng)
 
 
 def _digits(rng: np.random.Generator, count: int) -> str:

@@ -191,7 +191,7 @@ class Task:
         """
         own, shared = _parted(spec)
         params, card = read_spec(self.name, _BASELINES, own)
-        _cache(shared["cache"])
+        cache_of(shared["cache"])
         if card is None:
             rule(MethodSpec(spec.slug, params))
         else:
@@ -211,7 +211,7 @@ class Task:
         """What makes a decoder of a spec from a seed."""
         own, shared = _parted(spec)
         params: dict[str, Any] = dict(own.params)
-        cache, block = _cache(shared["cache"]), self._block if shared["block"] is None else shared["block"]
+        cache, block = cache_of(shared["cache"]), self._block if shared["block"] is None else shared["block"]
         settings: dict[str, Any] = {"block_length": block or None, "infill": self._data == "gaps"}
         from tokenmill import diffuse
 
@@ -425,7 +425,8 @@ def _parted(spec: MethodSpec) -> tuple[MethodSpec, dict[str, Any]]:
     return MethodSpec(spec.slug, own), {"cache": cache, "block": block}
 
 
-def _cache(name: str) -> Any:
+def cache_of(name: str) -> Any:
+    """The cache policy of a name, with windows that fit the embedded models; None for none."""
     from tokenmill import diffuse
 
     match name:
