@@ -116,9 +116,7 @@ def test_a_causal_model_with_the_shift_from_left_to_right_is_plain_greedy(kind: 
     bad = [[toys.MASK]]
     plain = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False, bad_words_ids=bad)
     for cache in (NoCache(), PrefixCache()):
-        decoder = Diffusion(
-            Quota(1), cache, block_length=1, mask_token_id=toys.MASK, logits_shift=True, causal=True
-        )
+        decoder = Diffusion(Quota(1), cache, block_length=1, mask_token_id=toys.MASK, logits_shift=True, causal=True)
         ours = decoder.generate(model, ids, attention_mask=mask, max_new_tokens=12)
         assert torch.equal(ours, plain)
 
@@ -213,9 +211,10 @@ def test_ids_outside_the_vocabulary_or_that_coincide_are_refused(settings: dict[
 
 
 def test_flops_follow_the_formula() -> None:
+    bidirectional: dict[str, Any] = {"is_causal": False}
     config = LlamaConfig(
         vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, head_dim=12,
-        num_key_value_heads=1, is_causal=False,
+        num_key_value_heads=1, **bidirectional,
     )  # fmt: skip
     made = denoiser(LlamaForCausalLM(config))
     per_layer = 16 * 24 + 2 * 16 * 12 + 24 * 16 + 3 * 16 * 24

@@ -8,8 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertForMaskedLM, ModernBertConfig, ModernBertForMaskedLM, Qwen3Config
-from transformers import Qwen3ForCausalLM
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from tokenmill import models
 
@@ -27,9 +33,10 @@ def qwen3(seed: int = 0) -> Any:
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
     heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
     ids: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None, "mask_token_id": MASK}
+    ids["is_causal"] = False
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Qwen3ForCausalLM(Qwen3Config(vocab_size=VOCAB, is_causal=False, **sizes, **heads, **ids)).eval()
+        return Qwen3ForCausalLM(Qwen3Config(vocab_size=VOCAB, **sizes, **heads, **ids)).eval()
 
 
 def encoder(kind: str, seed: int = 0) -> Any:
@@ -39,7 +46,13 @@ def encoder(kind: str, seed: int = 0) -> Any:
         if kind == "bert":
             settings = BertConfig(vocab_size=VOCAB, num_attention_heads=4, initializer_range=0.5, **sizes)
             return BertForMaskedLM(settings).eval()
-        ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+        ids: dict[str, Any] = {
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "cls_token_id": 1,
+            "sep_token_id": 2,
+        }
         made = ModernBertForMaskedLM(ModernBertConfig(vocab_size=VOCAB, num_attention_heads=4, **sizes, **ids))
         for weight in made.parameters():
             if weight.dim() == 2:
@@ -85,20 +98,21 @@ class Joint(Toy):
     def __init__(self, joint: Tensor) -> None:
         self.values, self.length = joint.shape[0], joint.dim()
         super().__init__(self.values + 2, mask_token_id=self.values + 1)
-        self.joint = joint.double()
+        unknown = self.values
+        laws = torch.full(((unknown + 1) ** self.length, self.length, self.values + 2), -40.0)
+        for number, ids in enumerate(itertools.product(range(unknown + 1), repeat=self.length)):
+            for at in range(self.length):
+                fixed = [slice(None) if i == at or v == unknown else slice(v, v + 1) for i, v in enumerate(ids)]
+                law = joint.double()[tuple(fixed)].sum([i for i in range(self.length) if i != at])
+                laws[number, at, : self.values] = (law / law.sum()).clamp(min=1e-30).log().float()
+        self.laws = laws
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
         self.calls += 1
+        ids = input_ids[:, -self.length :].clamp(max=self.values)
+        number = (ids * (self.values + 1) ** torch.arange(self.length - 1, -1, -1)).sum(1)
         logits = torch.full((*input_ids.shape, self.values + 2), -40.0)
-        for row, ids in enumerate(input_ids[:, -self.length :].tolist()):
-            for at in range(self.length):
-                if at < len(ids):
-                    fixed = [
-                        slice(None) if i == at or v >= self.values else slice(v, v + 1) for i, v in enumerate(ids)
-                    ] + [slice(None)] * (self.length - len(ids))
-                    over = [i for i in range(self.length) if i != at]
-                    law = self.joint[tuple(fixed)].sum(over)
-                    logits[row, at - len(ids), : self.values] = (law / law.sum()).clamp(min=1e-30).log().float()
+        logits[:, -self.length :] = self.laws[number]
         return SimpleNamespace(logits=logits)
 
 

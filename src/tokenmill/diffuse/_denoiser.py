@@ -132,9 +132,9 @@ class Denoiser:
         one = everything.clone()
         one[:, :-1] = False
         one[1, 0] = True  # rows of different sizes
+        full = self.logits(x).logits
         try:
             cache = self.new_cache(*x.shape)
-            full = self.logits(x).logits
             self.logits(x, compute=everything, cache=cache)
             again = self.logits(x, compute=one, read=everything, cache=cache).logits
         except (AttributeError, TypeError, ValueError, IndexError, KeyError, RuntimeError) as error:
@@ -156,9 +156,10 @@ class Denoiser:
         ids[1, 0] = ids[0, 1]
         real = torch.ones_like(ids, dtype=torch.bool)
         real[:, 0] = False
+        places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         with torch.no_grad():
             logits = self.model(
-                input_ids=ids, **self._call(real, real, self.default_positions(real), None, None)
+                input_ids=ids, **self._call(real, real, self.default_positions(real), places, places)
             ).logits.float()
         gap = (logits[0, 1:] - logits[1, 1:]).abs().max()
         if bool(gap > 1e-4 * logits.abs().max()):
@@ -245,8 +246,8 @@ class Denoiser:
         given: Tensor,
         shown: Tensor,
         positions: Tensor,
-        fed: Tensor | None,
-        seen: Tensor | None,
+        fed: Tensor,
+        seen: Tensor,
         cache: hf.IndexedCache | None = None,
     ) -> dict[str, Any]:
         """Keyword arguments of the model: mask, positions, cache."""
@@ -255,8 +256,6 @@ class Denoiser:
             return call | {"attention_mask": given.long()}
         mask = shown[:, None, None, :].expand(-1, 1, given.shape[1], -1)
         if self.causal or self.window is not None:
-            assert fed is not None
-            assert seen is not None
             gap = (fed[:, :, None] - seen[:, None, :])[:, None]
             mask = mask & (gap >= 0) if self.causal else mask
             near = mask if self.window is None else mask & (gap.abs() < self.window)

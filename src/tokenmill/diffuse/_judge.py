@@ -46,6 +46,9 @@ def accepts(logq: Tensor, drafts: Tensor, how: Acceptance, u: Tensor | None = No
 
     Returns:
         (N,) bool.
+
+    Raises:
+        LimitError: ``sample`` without ``u``.
     """
     own = logq.gather(1, drafts.clamp(min=0)[:, None])  # (N, 1)
     above = logq > own
@@ -59,7 +62,8 @@ def accepts(logq: Tensor, drafts: Tensor, how: Acceptance, u: Tensor | None = No
     elif how.mode == "threshold":
         good = p > how.threshold
     elif how.mode == "sample":
-        assert u is not None
+        if u is None:
+            raise LimitError("accepts", "u", None, "a uniform number for each draft, for how.mode = 'sample'")
         good = u < p
     else:
         nucleus = (logq.exp() * above).sum(1) < how.top_p
