@@ -60,7 +60,7 @@ class Shape:
 
 TASKS = {
     "mixed": Shape(hidden=64, layers=3, heads=4, mlp=192, batch=64, rate=2e-3, steps=5_000),
-    "long": Shape(hidden=64, layers=4, heads=4, mlp=192, batch=16, rate=2e-3, steps=6_000),
+    "long": Shape(hidden=64, layers=4, heads=4, mlp=192, batch=16, rate=3e-3, steps=5_000),
     "hard": Shape(hidden=64, layers=4, heads=4, mlp=192, batch=64, rate=2e-3, steps=6_000),
     "python": Shape(hidden=128, layers=4, heads=4, mlp=384, batch=32, rate=1e-3, steps=1_800),
 }
@@ -133,13 +133,9 @@ def build_model(shape: Shape, words: int, *, causal: bool) -> LlamaForCausalLM:
 def exercise_rows(tokenizer: Any, task: str, count: int, *, step: int, whole: bool) -> Rows:
     """Training rows of a batch: prompts padded on the left, answers in a buffer that end-of-text tokens fill.
 
-    All rows of a batch of long answers are of one kind, since a list of sums has a much longer prompt than the others.
     The buffer of every second batch is shorter, unless it has to be ``whole``.
     """
-    kinds = corpora.EXERCISE_TASKS[task].kinds
-    drawn = corpora.exercises(
-        task, "train", count, seed=step, kinds=[kinds[step // 2 % len(kinds)]] if task == "long" else kinds
-    )
+    drawn = corpora.exercises(task, "train", count, seed=step)
     prompts = tokenizer([x.prompt for x in drawn])["input_ids"]
     answers = tokenizer([x.answer for x in drawn])["input_ids"]
     room, least = corpora.EXERCISE_TASKS[task].answer, max(map(len, answers)) + 1

@@ -124,4 +124,4 @@ def test_bad_specs_are_refused_before_anything_is_loaded() -> None:
     with pytest.raises(LimitError, match="data"):
         Task(Options(data="easy"))
     with pytest.raises(LimitError, match="kinds"):
-        Task(Options(kinds="sums")).kinds()
+        Task(Options(kinds="spell")).kinds()

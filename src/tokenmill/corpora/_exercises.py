@@ -3,7 +3,7 @@
 Made from a seed. A prompt belongs to one of three splits by a hash of its text, so that no prompt of one split is ever
 asked in another. ``mixed`` has short answers: sums, strings to reverse, and sets of letters that may be named in any
 order, for which a model that writes several tokens at once has to be careful. ``long`` has answers of varied length up
-to 127 characters: progressions, and lists of labelled sums. ``hard`` has answers whose parts differ in difficulty:
+to 124 characters: numbers counted up or down, and letters spelled out as words. ``hard`` has answers whose parts differ in difficulty:
 running totals of a sum of many terms, and 4 x 4 Sudoku.
 """
 
@@ -24,6 +24,9 @@ from tokenmill.errors import LimitError, unknown_name
 
 SPLITS = ("train", "validation", "test")
 LETTERS = "abcdefghijklmnop"
+WORDS = tuple(
+    "alfa bravo charlie delta echo foxtrot golf hotel india juliett kilo lima mike november oscar papa".split()
+)
 WINDOW = 128  # characters of Python source around a gap, gap included
 GAP = (4, 8)  # least and most characters of a gap
 _SIDE = 4  # of a Sudoku
@@ -70,7 +73,7 @@ class ExerciseTask:
 
 EXERCISE_TASKS = {
     "mixed": ExerciseTask(("add", "permutation", "reverse"), "0123456789+=PC" + LETTERS, 7, 12, 12),
-    "long": ExerciseTask(("count", "sums"), "0123456789+-=:;" + LETTERS, 49, 128, 16),
+    "long": ExerciseTask(("count", "spell"), "0123456789:;= abcdefghijklmnopqrstuvwxyz", 17, 128, 16),
     "hard": ExerciseTask(("totals", "sudoku"), "0123456789+=;_S", 18, 24, 24),
 }
 
@@ -195,21 +198,19 @@ def _reverse(rng: np.random.Generator) -> tuple[str, str]:
 
 
 def _count(rng: np.random.Generator) -> tuple[str, str]:
-    """From a number to another in equal steps, up or down, 3 to 31 numbers."""
-    step, terms, down = int(rng.integers(1, 10)), int(rng.integers(3, 32)), bool(rng.integers(2))
-    low = int(rng.integers(0, 1000 - step * (terms - 1)))
-    values = [low + step * at for at in range(terms)]
-    if down:
+    """From a number to another by ones, up or down, 3 to 31 numbers."""
+    terms = int(rng.integers(3, 32))
+    low = int(rng.integers(0, 1001 - terms))
+    values = list(range(low, low + terms))
+    if rng.integers(2):
         values.reverse()
-    prompt = f"{values[0]:03d}:{values[-1]:03d}{'-' if down else '+'}{step}="
-    return prompt, "".join(f"{value:03d};" for value in values)
+    return f"{values[0]:03d}:{values[-1]:03d}=", "".join(f"{value:03d};" for value in values)
 
 
-def _sums(rng: np.random.Generator) -> tuple[str, str]:
-    """2 to 8 labelled sums, answered with their labels in order."""
-    pairs = rng.integers(0, 100, (int(rng.integers(2, 9)), 2))
-    asked = "".join(f"{label}{a:02d}+{b:02d}" for label, (a, b) in zip(LETTERS, pairs, strict=False))
-    return asked + "=", "".join(f"{label}{a + b:03d}" for label, (a, b) in zip(LETTERS, pairs, strict=False))
+def _spell(rng: np.random.Generator) -> tuple[str, str]:
+    """3 to 16 different letters, each spelled out as its word."""
+    chosen = rng.permutation(len(WORDS))[: int(rng.integers(3, len(WORDS) + 1))]
+    return "".join(LETTERS[at] for at in chosen) + "=", "".join(f"{WORDS[at]} " for at in chosen)
 
 
 def _totals(rng: np.random.Generator) -> tuple[str, str]:
@@ -260,7 +261,7 @@ _MAKERS: dict[str, Callable[[np.random.Generator], tuple[str, str]]] = {
     "permutation": _permutation,
     "reverse": _reverse,
     "count": _count,
-    "sums": _sums,
+    "spell": _spell,
     "totals": _totals,
     "sudoku": _sudoku,
 }

@@ -28,7 +28,7 @@ def command(
 ) -> None:
     """Fill in an answer by Learn2PD, then one token a pass, and show what that saves.
 
-    Example: [bold]tokenmill run learn2pd --model diffusion-long --predict-eot "100:160+4="[/bold]
+    Example: [bold]tokenmill run learn2pd --model diffusion-long --predict-eot "107:121="[/bold]
     """
     folder = _unmasked.trained(_WHERE, model, "filter", filter_)
     from tokenmill.diffuse.learn2pd import BlockFilter, Learn2PD
