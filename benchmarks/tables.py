@@ -683,18 +683,17 @@ _TUNED = ("n", "tau", "f", "gamma", "threshold", "temperature")  # settings that
 Key = tuple[str, str]  # a rule with its other settings, and its tuned ones
 
 
-def _unmasked(model: str, block: int | None) -> dict[str, dict[Key, list[Line]]]:
+def unmasked(given: list[Line], model: str, block: int | None) -> dict[str, dict[Key, list[Line]]]:
     """split -> rule and setting -> lines of a model, one for each kind and seed."""
     found: dict[str, dict[Key, list[Line]]] = {"validation": {}, "test": {}}
-    for line in lines("diffuse"):
-        settings, params = line["settings"], line["params"]
-        if line["model"] != model or settings["block"] != block:
+    for line in given:
+        params = line["params"]
+        if line["status"] != "ok" or line["model"] != model or line["settings"]["block"] != block:
             continue
         rest = [f"{k}={str(v).lower()}" for k, v in params.items() if k not in _TUNED]
-        trained = Path(settings["policy"]).parent.name if settings["policy"] and "policies" in line["method"] else ""
-        rule = ":".join([line["method"], *rest, *([f"({trained})"] if trained else [])])
+        rule = ":".join([line["method"], *rest])
         tuned = ":".join(f"{k}={v}" for k, v in params.items() if k in _TUNED)
-        found[settings["split"]].setdefault((rule, tuned), []).append(line)
+        found[line["settings"]["split"]].setdefault((rule, tuned), []).append(line)
     return found
 
 
@@ -704,7 +703,7 @@ def _over(found: list[Line], where: str, name: str, kind: str | None = None) -> 
     return sum(values) / len(values)
 
 
-def _chosen(found: dict[str, dict[Key, list[Line]]], loss: float) -> dict[str, Key]:
+def chosen(found: dict[str, dict[Key, list[Line]]], loss: float) -> dict[str, Key]:
     """rule -> its setting with the fewest passes among those within ``loss`` of plain, on validation prompts."""
     tried = found["validation"]
     least = _over(tried["plain", ""], "quality", "accuracy") - loss
@@ -721,13 +720,13 @@ def _chosen(found: dict[str, dict[Key, list[Line]]], loss: float) -> dict[str, K
 
 def _rules(model: str, block: int | None) -> str:
     """Rules on a model, each at its chosen setting, on test prompts."""
-    found = _unmasked(model, block)
+    found = unmasked(lines("diffuse"), model, block)
     if not found["validation"]:
         return ""
     plain = found["test"]["plain", ""]
     kinds = list(dict.fromkeys(line["data"]["kind"] for line in plain))
     rows, used = [], []
-    for rule, key in _chosen(found, 0.01).items():
+    for rule, key in chosen(found, 0.01).items():
         part = found["test"].get(key, [])
         if not part:
             continue

@@ -65,6 +65,7 @@ TASKS = {
     "python": Shape(hidden=128, layers=4, heads=4, mlp=384, batch=32, rate=1e-3, steps=1_800),
 }
 GUIDES = {
+    "strong": Shape(hidden=48, layers=2, heads=4, mlp=144, batch=64, rate=3e-3, steps=8_000),
     "medium": Shape(hidden=48, layers=2, heads=4, mlp=144, batch=64, rate=2e-3, steps=3_000),
     "weak": Shape(hidden=48, layers=2, heads=4, mlp=144, batch=64, rate=2e-3, steps=900),
     "small": Shape(hidden=24, layers=2, heads=2, mlp=72, batch=64, rate=3e-3, steps=3_000),
@@ -163,11 +164,12 @@ def python_rows(stream: Tensor, count: int, *, step: int) -> Rows:
     return Rows(ids, everything, everything)
 
 
-def python_stream(tokenizer: Any) -> Tensor:
-    """The training files one after another, with an end-of-text token behind each."""
+def python_stream() -> Tensor:
+    """The training files one after another, with an end-of-text token behind each; a byte's id is its value and 3."""
     files = corpora.load("python-stdlib").split("train")
-    texts = tokenizer([record.text for record in files], verbose=False)["input_ids"]
-    return torch.cat([torch.tensor([*text, EOT]) for text in texts])
+    ends = torch.tensor([EOT])
+    texts = [torch.frombuffer(bytearray(record.text.encode()), dtype=torch.uint8) for record in files]
+    return torch.cat([part for text in texts for part in (text.long() + len(SPECIAL), ends)])
 
 
 def hidden(rows: Rows, generator: torch.Generator) -> Tensor:
@@ -318,7 +320,7 @@ def main(arguments: list[str] | None = None) -> None:
     shape = GUIDES[options.guide] if causal else TASKS[options.task]
     name = f"diffusion-{options.task}" + (f"-guide-{options.guide}" if causal else "")
     tokenizer = build_tokenizer(options.task)
-    stream = python_stream(tokenizer) if options.task == "python" else None
+    stream = python_stream() if options.task == "python" else None
 
     def batch_at(step: int) -> Rows:
         number = options.seed * 10_000_000 + step

@@ -50,6 +50,21 @@ def test_a_few_steps_give_a_model_that_loads_and_goes_on(task: str, tmp_path: Pa
     assert tokenizer.decode(ids[0]) == text
 
 
+def test_a_byte_of_python_is_a_token() -> None:
+    tokenizer: Any = masked_diffusion.build_tokenizer("python")
+    text = "def f(x):\n    return 'é' + x\n"
+    ids = tokenizer(text)["input_ids"]
+    assert ids == [byte + 3 for byte in text.encode()]
+    assert tokenizer.decode(ids) == text
+    stream = masked_diffusion.python_stream()
+    first = corpora.load("python-stdlib").split("train")[0].text.encode()
+    assert stream[: len(first)].tolist() == [byte + 3 for byte in first]
+    assert stream[len(first)] == stream[-1] == masked_diffusion.EOT
+    rows = masked_diffusion.python_rows(stream, 4, step=1)
+    assert rows.ids.shape == (4, corpora.PYTHON_WINDOW)
+    assert rows.answer.all()
+
+
 def test_a_guide_is_causal_and_has_the_models_vocabulary(tmp_path: Path) -> None:
     masked_diffusion.main(
         ["--task", "mixed", "--guide", "small", "--steps", "1", "--held-out", "2", "--out", str(tmp_path)]
