@@ -17,7 +17,7 @@ for line in sys.stdin: print(json.dumps({k: v for k, v in json.loads(line).items
     <"runs/$1/results.jsonl" >>"$RESULTS/$1.jsonl"
 }
 
-for part in ${*:-profile speed accepted spectr exactness toy constrain peer bytes complete ensemble tokenize transplant guard stochastok lm vocabulary supertokens guard-speed shorten words large vqa prune-speed hisa-speed needle-tokens long-context attention-mass attend-speed kvpress}; do
+for part in ${*:-profile speed accepted spectr exactness toy constrain peer bytes complete ensemble tokenize transplant guard stochastok lm vocabulary supertokens guard-speed shorten words large vqa prune-speed hisa-speed needle-tokens long-context attention-mass attend-speed kvpress diffuse}; do
   case $part in
   profile) python benchmarks/forward_cost.py ;;
   speed)
@@ -151,8 +151,34 @@ for part in ${*:-profile speed accepted spectr exactness toy constrain peer byte
       --methods oracle:keep=256,streaming:keep=256,snapkv:keep=256,quest:keep=256,fasa:keep=256,$select,$select:positions=original,token-sparse-attention
     keep_means long-context
     ;;
+  diffuse) # settings are chosen on the validation split, where one seed is enough
+    rules=quota:n=2,quota:n=4
+    for tau in 0.5 0.7 0.8 0.9 0.95 0.99; do rules=$rules,threshold:tau=$tau; done
+    for f in 0.1 0.25 0.5 1.0; do rules=$rules,factor:f=$f; done
+    for gamma in 0.01 0.05 0.1 0.3; do rules=$rules,entropy-bound:gamma=$gamma; done
+    filters=
+    for tau in 0.5 0.7 0.8 0.9 0.95 0.97; do
+      filters=$filters,learn2pd:threshold=$tau
+      for least in 0.0 0.9 0.99; do
+        filters=$filters,learn2pd:threshold=$tau:predict_eot=true:eot_min_confidence=$least
+      done
+    done
+    policies=,unmasking-policies:temperature=0.0,unmasking-policies:temperature=0.5,unmasking-policies:temperature=1.0
+    diffuse() { tokenmill bench diffuse "$@" --out runs/diffuse; }
+    diffuse --model diffusion-long --split validation --limit 100 --methods $rules$filters
+    diffuse --model diffusion-mixed --block 0 --split validation --limit 100 --methods $rules$policies
+    diffuse --model diffusion-hard --block 0 --split validation --limit 150 --methods $rules$policies
+    for seed in 0 1 2; do
+      diffuse --model diffusion-long --limit 250 --seed $seed --methods $(python benchmarks/diffuse_chosen.py diffusion-long)
+      diffuse --model diffusion-mixed --block 0 --limit 167 --rows 167 --seed $seed \
+        --methods $(python benchmarks/diffuse_chosen.py diffusion-mixed --block 0)
+      diffuse --model diffusion-hard --block 0 --limit 250 --rows 125 --seed $seed \
+        --methods $(python benchmarks/diffuse_chosen.py diffusion-hard --block 0)
+    done
+    keep_means diffuse
+    ;;
   *)
-    echo "unknown part $part: profile, speed, accepted, spectr, exactness, toy, constrain, peer, bytes, complete, ensemble, tokenize, transplant, guard, stochastok, lm, vocabulary, supertokens, guard-speed, shorten, words, large, vqa, prune-speed, hisa-speed, needle-tokens, long-context, attention-mass, attend-speed, kvpress" >&2
+    echo "unknown part $part: profile, speed, accepted, spectr, exactness, toy, constrain, peer, bytes, complete, ensemble, tokenize, transplant, guard, stochastok, lm, vocabulary, supertokens, guard-speed, shorten, words, large, vqa, prune-speed, hisa-speed, needle-tokens, long-context, attention-mass, attend-speed, kvpress, diffuse" >&2
     exit 2
     ;;
   esac

@@ -759,6 +759,104 @@ def tsa_speed() -> str:
     return _attend_speed("token-sparse-attention")
 
 
+_TUNED = ("n", "tau", "f", "gamma", "threshold", "temperature")  # settings that are chosen on validation prompts
+Key = tuple[str, str]  # a rule with its other settings, and its tuned ones
+
+
+def unmasked(given: list[Line], model: str, block: int | None) -> dict[str, dict[Key, list[Line]]]:
+    """split -> rule and setting -> lines of a model, one for each kind and seed."""
+    found: dict[str, dict[Key, list[Line]]] = {"validation": {}, "test": {}}
+    for line in given:
+        params = line["params"]
+        if line["status"] != "ok" or line["model"] != model or line["settings"]["block"] != block:
+            continue
+        rest = [f"{k}={str(v).lower()}" for k, v in params.items() if k not in _TUNED]
+        rule = ":".join([line["method"], *rest])
+        tuned = ":".join(f"{k}={v}" for k, v in params.items() if k in _TUNED)
+        found[line["settings"]["split"]].setdefault((rule, tuned), []).append(line)
+    return found
+
+
+def _over(found: list[Line], where: str, name: str, kind: str | None = None) -> float:
+    """The mean of a figure over seeds and kinds, or over the seeds of one kind."""
+    values = [line[where].get(name, 0.0) for line in found if kind in (None, line["data"]["kind"])]
+    return sum(values) / len(values)
+
+
+def chosen(found: dict[str, dict[Key, list[Line]]], loss: float) -> dict[str, Key]:
+    """rule -> its setting with the fewest passes among those within ``loss`` of plain, on validation prompts."""
+    tried = found["validation"]
+    least = _over(tried["plain", ""], "quality", "accuracy") - loss
+    best: dict[str, Key] = {}
+    for rule, tuned in tried:
+        mine = {key: part for key, part in tried.items() if key[0] == rule}
+        good = {k: p for k, p in mine.items() if _over(p, "quality", "accuracy") >= least}
+        if good:
+            best[rule] = min(good, key=lambda key: _over(good[key], "cost", "passes"))
+        else:
+            best[rule] = max(mine, key=lambda key: _over(mine[key], "quality", "accuracy"))
+    return best
+
+
+def _rules(model: str, block: int | None) -> str:
+    """Rules on a model, each at its chosen setting, on test prompts."""
+    found = unmasked(lines("diffuse"), model, block)
+    if not found["validation"]:
+        return ""
+    plain = found["test"]["plain", ""]
+    kinds = list(dict.fromkeys(line["data"]["kind"] for line in plain))
+    rows, used = [], []
+    for rule, key in chosen(found, 0.01).items():
+        part = found["test"].get(key, [])
+        if not part:
+            continue
+        used += part
+        passes, places = (_over(part, "cost", name) for name in ("passes", "positions"))
+        seeds = {line["seed"] for line in part}
+        each = [_over([x for x in part if x["seed"] == s], "quality", "accuracy") for s in sorted(seeds)]
+        spread = f" ({min(each):.1%} to {max(each):.1%})" if len(each) > 1 else ""
+        rows.append(
+            [
+                f"`{':'.join(x for x in (rule, key[1]) if x)}`",
+                f"{_over(part, 'quality', 'accuracy'):.1%}{spread}",
+                *(
+                    f"{_over(part, 'quality', 'accuracy', k):.1%} / {_over(part, 'cost', 'passes', k):.2f}"
+                    for k in kinds
+                ),
+                f"{passes:.2f} ({_over(plain, 'cost', 'passes') / passes:.1f}x fewer)",
+                f"{places:,.0f}",
+                f"{_over(part, 'cost', 'flops') / 1e6:,.0f}",
+                f"{_over(part, 'quality', 'same'):.1%}",
+            ]
+        )
+    head = ["rule", "accuracy", *(f"{k}: accuracy / passes" for k in kinds), "passes", "places fed"]
+    head += ["million operations", "same text as one token a pass"]
+    return f"`{model}`\n\n" + table(head, rows) + provenance(used)
+
+
+def learn2pd() -> str:
+    """Learn2PD beside the rules without training, on the model with long answers."""
+    return _rules("diffusion-long", None)
+
+
+def unmasking_policies() -> str:
+    """Learned policies beside the rules without training, with the whole answer as one block."""
+    return "\n".join(filter(None, (_rules(model, 0) for model in ("diffusion-mixed", "diffusion-hard"))))
+
+
+def diffusion_models() -> str:
+    """What the recipe of the masked diffusion models and of their guides took and reached, from the assets' cards."""
+    rows = []
+    for folder in sorted((ROOT / "src" / "tokenmill" / "assets").glob("diffusion-*")):
+        card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+        if "held_out" not in card:
+            continue
+        held = {k: v for k, v in card["held_out"].items() if k not in ("each_kind", "seed")}
+        reached = ", ".join(f"{k} {v:.2f}" if k.startswith("bits") else f"{k} {v:.1%}" for k, v in held.items())
+        rows.append([f"`{folder.name}`", f"{card['weights']:,}", f"{card['steps']:,}", reached])
+    return table(["model", "weights", "steps", "held-out accuracy, one token a pass"], rows)
+
+
 PRUNERS = (
     "divprune",
     "idpruner",
@@ -780,6 +878,7 @@ _ATTEND = (
     fasa_speed,
     tsa_speed,
 )
+_DIFFUSE = (learn2pd, unmasking_policies, diffusion_models)
 _PRUNE = (
     vqa_llava,
     vqa_qwen,
@@ -803,9 +902,9 @@ _MORE = (
     hypernetworks,
     word_pooled,
 )
-TABLES: dict[str, Callable[[], str]] = {one.__name__: one for one in (*_ALL, *_TEXT, *_MORE, *_PRUNE, *_ATTEND)} | {
-    "bytes": bytes_
-}
+TABLES: dict[str, Callable[[], str]] = {
+    one.__name__: one for one in (*_ALL, *_TEXT, *_MORE, *_PRUNE, *_ATTEND, *_DIFFUSE)
+} | {"bytes": bytes_}
 TABLES |= {f"vqa-{slug}": partial(_against_random, slug) for slug in PRUNERS}
 
 

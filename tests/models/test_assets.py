@@ -106,3 +106,45 @@ def test_the_models_of_pictures_are_small_and_their_cards_complete() -> None:
     assert size < 11e6
     for name in names:
         assert {"licence", "slice", "seconds", "command", "threads", "steps"} <= set(models.info(name))
+
+
+DIFFUSION = ("diffusion-mixed", "diffusion-long", "diffusion-hard")
+GUIDES = tuple(f"diffusion-mixed-guide-{name}" for name in ("small", "weak", "medium", "strong"))
+
+
+@pytest.mark.parametrize("name", [*DIFFUSION, *GUIDES])
+def test_models_that_unmask_reach_what_their_cards_say(name: str, load_recipe: Callable[[str], ModuleType]) -> None:
+    recipe = load_recipe("masked_diffusion")
+    card = json.loads((ASSETS / name / "card.json").read_text())
+    model, tokenizer = models.load(name)
+    task, told = name.split("-")[1], card["slice"]
+    count = 15 if task == "long" else told["each_kind"]
+    found = recipe.accuracy(model, tokenizer, task, count=count, seed=told["seed"], causal="guide" in name)
+    for kind in corpora.EXERCISE_TASKS[task].kinds:
+        # Of the long answers fewer are measured than the card's.
+        assert found[kind] == pytest.approx(told[kind], abs=0.02 if count == told["each_kind"] else 0.15)
+    if name in DIFFUSION:
+        assert model.config.is_causal is False
+        assert tokenizer.mask_token_id == model.config.mask_token_id
+        assert len({tokenizer.mask_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}) == 3
+
+
+def test_the_model_of_python_fills_gaps(load_recipe: Callable[[str], ModuleType]) -> None:
+    recipe = load_recipe("masked_diffusion")
+    told = json.loads((ASSETS / "diffusion-python" / "card.json").read_text())["slice"]
+    model, tokenizer = models.load("diffusion-python")
+    found = recipe.filled(model, tokenizer, count=told["each_kind"], seed=told["seed"])
+    # Another Python release has other sources.
+    assert found["gaps"] == pytest.approx(told["gaps"], abs=0.15)
+    assert found["bits_per_byte"] == pytest.approx(told["bits_per_byte"], rel=0.15)
+
+
+def test_the_diffusion_family_is_small_and_its_cards_complete() -> None:
+    folders = list(ASSETS.glob("diffusion-*"))
+    assert sum(path.stat().st_size for folder in folders for path in folder.iterdir()) < 6e6
+    for folder in folders:
+        card = json.loads((folder / "card.json").read_text())
+        assert {"licence", "seconds", "threads", "steps", "command", "seed"} <= set(card), folder.name
+        assert f"--steps {card['steps']}" in card["command"] or "held_out" not in card
+    parts = {folder.name for folder in folders}
+    assert {"diffusion-long-filter", "diffusion-mixed-filter", "diffusion-mixed-policy"} <= parts

@@ -7,27 +7,41 @@ from tokenmill.corpora._digit_scenes import COLOURS, Picture, Question, Thing, d
 from tokenmill.corpora._digit_scenes import KINDS as SCENE_KINDS
 from tokenmill.corpora._digit_scenes import LICENCE as DIGITS_LICENCE
 from tokenmill.corpora._digit_scenes import MOST as MOST_DIGITS
+from tokenmill.corpora._exercises import EXERCISE_TASKS, Exercise, ExerciseTask, Gap, answer_text, exercises, python_gaps
+from tokenmill.corpora._exercises import LETTERS as EXERCISE_LETTERS
+from tokenmill.corpora._exercises import WINDOW as PYTHON_WINDOW
 from tokenmill.corpora._page_scenes import KINDS as PAGE_KINDS
 from tokenmill.corpora._page_scenes import LETTERS, Entry, page_scenes
 from tokenmill.corpora._page_scenes import MOST as MOST_ENTRIES
+from tokenmill.corpora._stdlib import LICENCE as PYTHON_LICENCE
 from tokenmill.corpora._stdlib import load, names
 
 __all__ = [
     "COLOURS",
     "Corpus",
     "DIGITS_LICENCE",
+    "EXERCISE_LETTERS",
+    "EXERCISE_TASKS",
     "Entry",
+    "Exercise",
+    "ExerciseTask",
+    "Gap",
     "LETTERS",
     "MOST_ENTRIES",
     "PAGE_KINDS",
+    "PYTHON_LICENCE",
+    "PYTHON_WINDOW",
     "MOST_DIGITS",
     "Picture",
     "Question",
     "Record",
     "SCENE_KINDS",
     "Thing",
+    "answer_text",
     "digit_scenes",
+    "exercises",
     "load",
     "names",
     "page_scenes",
+    "python_gaps",
 ]
