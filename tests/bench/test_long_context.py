@@ -58,6 +58,10 @@ def test_every_method_is_measured_beside_the_untouched_model(tmp_path: Path) -> 
         assert one.cost["bytes_read"] > 0
         assert abs(one.quality["bits"] - plain.quality["bits"]) < 5
     assert by_kind["plain", "passkey"].quality["same"] == 1.0
+    mass = {method: line.quality["mass"] for (method, kind), line in by_kind.items() if kind == "code"}
+    assert mass["plain"] == mass["token-sparse-attention"] == 1.0
+    assert mass["oracle"] == max(mass[m] for m in ("oracle", "streaming", "tokenselect"))
+    assert all(0.2 < mass[m] < 1.0 for m in ("oracle", "streaming", "snapkv", "quest", "tokenselect", "fasa")), mass
 
 
 def test_bits_are_those_of_one_forward() -> None:
@@ -69,7 +73,7 @@ def test_bits_are_those_of_one_forward() -> None:
     with torch.no_grad():
         scores = model(input_ids=ids).logits[0, -5:-1].log_softmax(-1)
     want = -scores.gather(-1, ids[0, -4:, None]).mean() / torch.tensor(2.0).log()
-    assert task.subject(MethodSpec("plain"), "code").run(item).output == pytest.approx(float(want), abs=1e-4)
+    assert task.subject(MethodSpec("plain"), "code").run(item).output[0] == pytest.approx(float(want), abs=1e-4)
 
 
 def test_what_cannot_work_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
