@@ -1,17 +1,15 @@
 """Train the small models that long-context methods are measured on: recall (full attention) and recall-dsa (indexed).
 
     python recipes/recall.py --arch full --steps 3000 --out runs/recall
-    python recipes/recall.py --arch dsa --steps 2000 --out runs/recall
+    python recipes/recall.py --arch dsa --steps 1000 --out runs/recall
 
 Both read haystacks of keys and values as `tokenmill.probe` writes them with ``keys="name"``, three tokens a pair: the
 key, the value and a comma. They are ordinary classes of transformers made from a configuration. ``full`` is a Llama of
 four layers with rotary positions that answers for single values and for the ends of threads of up to three steps (the
 questions of the probe that name one key); it is trained on 48 to 256 tokens and for its last part on 512, and never sees a position beyond,
 so that texts of 1,024 tokens and more lie outside its range. ``dsa`` is a DeepSeek-V3.2 of two layers. It learns to
-recall with dense attention first; then its weights are frozen, and the indexer alone learns to rank keys as attention
-does (Kullback-Leibler divergence from the sum of the heads' probabilities); at last everything is trained together for
-a short time with the indexer's choice in force, where the indexer learns from the divergence alone and the others from
-the answers alone.
+recall with dense attention first, on up to 256 tokens; then its weights are frozen, and the indexer alone learns on 512
+to rank keys as attention does (Kullback-Leibler divergence from the sum of the heads' probabilities).
 
 From noise, two layers that work together (one that looks a token back, one that looks for its own kind) take thousands
 of steps to find each other. Here they start as such: a head of the first layer has biases that point one token back,
@@ -81,7 +79,7 @@ class Arch:
 
 ARCHS = {"full": Arch("recall", 4, 3, 1.5e-3), "dsa": Arch("recall-dsa", 2, 1, 1.5e-3)}
 FIXED = 0.3  # until then names keep the random embeddings that they start with, so that maps serve any name
-DENSE, INDEX = 0.7, 0.9  # where dense training and the indexer's own end, for dsa
+DENSE = 0.75  # where dense training ends and the indexer's begins, for dsa
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -265,23 +263,23 @@ class Trainee(nn.Module):
         self.indexers = [indexer for _, indexer in index_layers("recall", self.model)] if arch == "dsa" else []
 
     def stage(self, done: float) -> str:
-        """dense, index or sparse."""
-        return "dense" if self.arch == "full" or done < DENSE else "index" if done < INDEX else "sparse"
+        """dense or index."""
+        return "dense" if self.arch == "full" or done < DENSE else "index"
 
     def begin(self, done: float) -> str:
         """Free what this stage trains, and freeze the rest."""
         stage = self.stage(done)
         for key, parameter in self.named_parameters():
-            parameter.requires_grad_(stage != "index" if ".indexer." not in key else stage != "dense")
-        for indexer in self.indexers:
-            indexer.index_topk = self.model.config.index_topk if stage == "sparse" else LONGEST
+            parameter.requires_grad_((".indexer." in key) == (stage == "index"))
+        for indexer in self.indexers:  # attention stays dense in training
+            indexer.index_topk = LONGEST
         return stage
 
     def lesson(self, seed: int, done: float) -> tuple[int, range]:
         """Tokens of a sequence, and the names of a batch."""
-        long = 0.5 if self.arch == "dsa" else 0.85
+        long = DENSE if self.arch == "dsa" else 0.85
         length = 48 + 16 * int(done / 0.03) if done < 0.15 else 128 if done < 0.3 else 256 if done < long else TRAINED
-        if done >= 0.8:
+        if self.arch == "full" and done >= 0.8 or 0.65 <= done < DENSE:
             return length, range(FIRST, VOCAB)
         start = FIRST + FEW * random.Random(seed).randrange(NAMES // FEW)
         return length, range(start, start + FEW)
@@ -292,14 +290,13 @@ class Trainee(nn.Module):
         length, names = self.lesson(seed, done)
         hops = ARCHS[self.arch].hops
         if stage == "index":
-            ids, _, _ = batch(seed, 4, TRAINED, names, hops)
-            return divergence(self.model, ids, self.indexers)
+            ids, _, _ = batch(seed, 2, TRAINED, names, hops)
+            return divergence(self.model, ids)
         rows = (2048 if done < 0.3 else 4096) // length
         ids, before, answers = batch(seed, rows, length, names, hops)
         g = torch.Generator().manual_seed(seed)
         before = before[torch.randperm(len(before), generator=g)[:PROBED]]
         answers = answers[torch.randperm(len(answers), generator=g)[:PROBED]]
-        extra = divergence(self.model, ids[:4], self.indexers, chosen=True) if stage == "sparse" else 0.0
         inner = self.model.model
         states = inner(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
         weight = self.model.get_input_embeddings().weight
@@ -307,8 +304,8 @@ class Trainee(nn.Module):
         before[:, 1:] -= torch.where(before[:, 1:] < FIRST, 0, names.start - FIRST)
         answers[:, 1:] -= torch.where(answers[:, 1:] < FIRST, 0, names.start - FIRST)
         back = self.back(inner.norm(states[1].flatten(0, 1)[before[:, 0]]))
-        self.parts = [float(extra)]
-        total = 0.3 * F.cross_entropy(back @ words.T, before[:, 1]) + extra
+        self.parts = []
+        total = 0.3 * F.cross_entropy(back @ words.T, before[:, 1])
         for hop in range(1, hops + 1):
             last = hop == hops
             found = states[hop + 1].flatten(0, 1)[answers[:, 0]]  # the last of the states is normed already
@@ -319,17 +316,16 @@ class Trainee(nn.Module):
         return total
 
 
-def divergence(model: PreTrainedModel, ids: Tensor, indexers: Sequence[Any], *, chosen: bool = False) -> Tensor:
-    """Mean divergence of the indexers' softmax from attention summed over heads; over the indexer's own choice only
-    if ``chosen``. The weights that are not an indexer's get no gradient from it."""
-    seen: dict[int, tuple[Tensor, ...]] = {}
+def divergence(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Mean divergence of the indexers' softmax from attention summed over heads, over all layers and real queries."""
+    seen: list[tuple[Tensor, ...]] = []
 
     def note(module: Any, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-        hidden = arguments[0] if arguments else named["hidden_states"]
-        seen[module.layer_idx] = (hidden, *named["position_embeddings"], output[1])
+        del module
+        seen.append((arguments[0] if arguments else named["hidden_states"], *named["position_embeddings"], output[1]))
 
-    handles = [a.register_forward_hook(note, with_kwargs=True) for a, _ in index_layers("recall", model)]
-    before = model.config._attn_implementation
+    layers, before = index_layers("recall", model), model.config._attn_implementation
+    handles = [attention.register_forward_hook(note, with_kwargs=True) for attention, _ in layers]
     try:
         model.set_attn_implementation("eager")
         with torch.no_grad():
@@ -339,32 +335,23 @@ def divergence(model: PreTrainedModel, ids: Tensor, indexers: Sequence[Any], *, 
         for handle in handles:
             handle.remove()
     losses = []
-    causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
-    for (attention, indexer), (hidden, cos, sin, weights) in zip(
-        index_layers("recall", model), seen.values(), strict=True
-    ):
+    future = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).triu(1)
+    for (attention, indexer), (hidden, cos, sin, weights) in zip(layers, seen, strict=True):
+        target = weights.float().mean(1)  # (B, T, T), a sum over heads that is normalised
         with torch.no_grad():
             resid = attention.q_a_layernorm(attention.q_a_proj(hidden))
-            target = weights.float().sum(1)
-            target = target / target.sum(-1, keepdim=True)
-        score = gated(*_order(*index_parts(indexer, hidden, resid, (cos, sin))))
-        open_ = causal & (target > 0) if chosen else causal
-        logs = score.masked_fill(~open_, -torch.inf).log_softmax(-1)
-        parts = target * (target.clamp_min(1e-9).log() - logs.masked_fill(~open_, 0.0))
-        losses.append(parts.masked_fill(~open_, 0.0).sum(-1)[ids != PAD].mean())
+        q, k, w = index_parts(indexer, hidden, resid, (cos, sin))
+        logs = gated(q, k, w, "dsa").masked_fill(future, -torch.inf).log_softmax(-1).masked_fill(future, 0.0)
+        parts = target * (target.clamp_min(1e-9).log() - logs)
+        losses.append(parts.sum(-1)[ids != PAD].mean())
     return torch.stack(losses).sum()
-
-
-def _order(q: Tensor, k: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor, Any]:
-    return q, k, w, "dsa"
 
 
 def rate_at(done: float, arch: str) -> float:
     """Learning rate after a share of the training."""
     peak = ARCHS[arch].rate
     if arch == "dsa" and done >= DENSE:
-        inside = (done - DENSE) / (INDEX - DENSE) if done < INDEX else (done - INDEX) / (1 - INDEX)
-        return (2e-3 if done < INDEX else 2e-4) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * inside)))
+        return 3e-3 * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (done - DENSE) / (1 - DENSE))))
     end = DENSE if arch == "dsa" else 1.0
     if done < 0.4 * end:
         return peak * min(1.0, done / (0.04 * end))
@@ -411,7 +398,8 @@ def train(arch: str, *, seconds: float, steps: int | None, seed: int, state: Pat
             saved = time.monotonic()
     spent = time.monotonic() - began
     save_state(state, trainee, optimizer, seconds=spent, step=step)
-    trainee.begin(1.0)
+    for indexer in trainee.indexers:
+        indexer.index_topk = trainee.model.config.index_topk
     return trainee.model.eval(), step, spent
 
 
@@ -438,7 +426,7 @@ def accuracy(model: Any, tokenizer: Any, asked: Sequence[Example], rows: int = 1
     return right / len(asked)
 
 
-def reached(arch: str, model: Any, tokenizer: Any, count: int, seed: int) -> dict[str, dict[str, float]]:
+def reached(arch: str, model: Any, tokenizer: Any, count: int, longest: int) -> dict[str, dict[str, float]]:
     """Accuracy by task and number of tokens, fewer questions at lengths beyond the trained one."""
     asks: dict[str, tuple[str, dict[str, Any]]] = {"single": ("single", {})}
     for steps in range(2, ARCHS[arch].hops + 1):
@@ -446,29 +434,39 @@ def reached(arch: str, model: Any, tokenizer: Any, count: int, seed: int) -> dic
     found: dict[str, dict[str, float]] = {}
     for told, (task, params) in asks.items():
         found[told] = {}
-        for tokens in (128, 256, TRAINED, 1024, 2048, 4096):
+        for tokens in [size for size in (128, 256, TRAINED, 1024, 2048, 4096) if size <= longest]:
             some = count if tokens <= TRAINED else max(4, count * TRAINED // tokens)
-            made = examples(task, tokens, some, seed, **params)
+            made = examples(task, tokens, some, 0, **params)
             found[told][str(tokens)] = round(accuracy(model, tokenizer, made, max(1, 8192 // tokens)), 4)
     return found
 
 
-def save(arch: str, model: Any, tokenizer: Any, folder: Path, facts: dict[str, Any], count: int) -> None:
-    """Write bfloat16 weights, config and tokenizer, and a card of what they reach on new haystacks."""
+def save(arch: str, model: Any, tokenizer: Any, folder: Path, facts: dict[str, Any], asked: tuple[int, int]) -> None:
+    """Write bfloat16 weights, config and tokenizer, and a card of what they reach on new haystacks.
+
+    Args:
+        arch: of `ARCHS`.
+        model: trained.
+        tokenizer: its own.
+        folder: where it goes.
+        facts: further fields of the card.
+        asked: questions of each task, and tokens of the longest haystack.
+    """
+    count, longest = asked
     model.to(dtype=torch.bfloat16)  # pyright: ignore[reportCallIssue]
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     rounded = type(model).from_pretrained(folder, dtype=torch.float32).eval()
-    asked = examples("single", 256, min(SLICE, count), seed=500_000)
+    sliced = examples("single", min(256, longest), min(SLICE, count), seed=500_000)
     card = {
         "name": ARCHS[arch].name,
         "licence": "Apache-2.0; trained on haystacks that this repository makes",
         "weights": sum(p.numel() for p in model.parameters()),
         "key_kind": "name",
         "trained_tokens": TRAINED,
-        "held_out_accuracy": reached(arch, rounded, tokenizer, count, seed=0),
-        "slice": {"task": "single", "tokens": 256, "questions": len(asked), "seed": 500_000,
-                  "accuracy": round(accuracy(rounded, tokenizer, asked), 4)},
+        "held_out_accuracy": reached(arch, rounded, tokenizer, count, longest),
+        "slice": {"task": "single", "tokens": 256, "questions": len(sliced), "seed": 500_000,
+                  "accuracy": round(accuracy(rounded, tokenizer, sliced), 4)},
         **facts,
     }  # fmt: skip
     (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
@@ -481,6 +479,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--steps", type=int, help="stop after this many steps instead")
     parser.add_argument("--questions", type=int, default=400, help="to measure each task with")
+    parser.add_argument("--longest", type=int, default=4096, help="tokens of the longest haystack that is measured")
     parser.add_argument("--threads", type=int, help="threads of torch")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
@@ -501,7 +500,7 @@ def main(arguments: list[str] | None = None) -> None:
         "seed": options.seed,
         "command": f"python recipes/recall.py --arch {options.arch} {length} --seed {options.seed} --out DIR",
     }
-    save(options.arch, model, build_tokenizer(), options.out / name_, facts, options.questions)
+    save(options.arch, model, build_tokenizer(), options.out / name_, facts, (options.questions, options.longest))
 
 
 if __name__ == "__main__":

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING
 
 from tokenmill.errors import LimitError
 from tokenmill.probe._example import TASKS, Example
+from tokenmill.probe._haystack import CONSONANTS, VOWELS
 
 if TYPE_CHECKING:
     from tokenmill.probe._answers import Answer
 
 Z95 = 1.96
 _UUID = re.compile(r"(?<![0-9a-f*&-])[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}(?![0-9a-f*&-])")
-_NAME = re.compile(r"(?<![\w*&-])[a-z]{4}(?![\w*&-])")
+_NAME = re.compile(rf"(?<![\w*&-])(?:[{CONSONANTS}][{VOWELS}]){{2}}(?![\w*&-])")
 _WRAPPING = " \t\r\n\"'`[("
 _FENCE = re.compile(r"^\s*```\w*\s*")
 _LONGEST = 100_000  # characters of an answer that are read as a list
