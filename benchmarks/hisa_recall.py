@@ -3,9 +3,9 @@
 python benchmarks/hisa_recall.py     # about half an hour on one core
 
 The model `recall-dsa` has the classes of DeepSeek-V3.2; its indexer chooses 32 keys a query and was trained on 512
-tokens. HISA scores a quarter of the blocks (compression 4). `blocks` reads whole blocks for the same 32 keys: the query's
-own block, and the others by their pooled score alone. One question a haystack; an answer counts when the likeliest next
-token is the value. The keys of every query of the prompt are chosen by the method, in both layers.
+tokens. HISA scores a quarter of the blocks (compression 4). `blocks` reads whole blocks for the same 32 keys: the
+query's own block, and the others by their pooled score alone. One question a haystack; an answer counts when the
+likeliest next token is the value. The keys of every query of the prompt are chosen by the method, in both layers.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class WholeBlocks(nn.Module):
         super().__init__()
         self.indexer, self.size = indexer, size
 
-    def forward(self, hidden: Tensor, q_resid: Tensor, phases: Any, mask: Tensor, *_: Any, **__: Any) -> Tensor:
+    def forward(self, hidden: Tensor, q_resid: Tensor, phases: Any, *_: Any, **__: Any) -> Tensor:
         q, k, w = index_parts(self.indexer, hidden, q_resid, phases)
         batch, length = k.shape[:2]
         index = BlockKeys.empty(torch.zeros(batch, dtype=torch.long), k.shape[-1], self.size)

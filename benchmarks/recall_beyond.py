@@ -2,9 +2,9 @@
 
 python benchmarks/recall_beyond.py     # about twenty minutes on one core
 
-The model `recall` was trained on at most 512 tokens. Haystacks of names of up to 4,096 tokens end with a question for one
-value, or for the end of a thread; an answer counts when the likeliest next token is the value. `ntk` is dense attention
-whose rotary base is raised by the factor by which the text exceeds the trained length.
+The model `recall` was trained on at most 512 tokens. Haystacks of names of up to 4,096 tokens end with a question for
+one value, or for the end of a thread; an answer counts when the likeliest next token is the value. `ntk` is dense
+attention whose rotary base is raised by the factor by which the text exceeds the trained length.
 """
 
 from __future__ import annotations

@@ -1,15 +1,16 @@
 """Train the small models that long-context methods are measured on: recall (full attention) and recall-dsa (indexed).
 
-    python recipes/recall.py --arch full --steps 3000 --out runs/recall
-    python recipes/recall.py --arch dsa --steps 1000 --out runs/recall
+    python recipes/recall.py --arch full --steps 1600 --out runs/recall
+    python recipes/recall.py --arch dsa --steps 800 --out runs/recall
 
 Both read haystacks of keys and values as `tokenmill.probe` writes them with ``keys="name"``, three tokens a pair: the
 key, the value and a comma. They are ordinary classes of transformers made from a configuration. ``full`` is a Llama of
 four layers with rotary positions that answers for single values and for the ends of threads of up to three steps (the
-questions of the probe that name one key); it is trained on 48 to 256 tokens and for its last part on 512, and never sees a position beyond,
-so that texts of 1,024 tokens and more lie outside its range. ``dsa`` is a DeepSeek-V3.2 of two layers. It learns to
-recall with dense attention first, on up to 256 tokens; then its weights are frozen, and the indexer alone learns on 512
-to rank keys as attention does (Kullback-Leibler divergence from the sum of the heads' probabilities).
+questions of the probe that name one key). It is trained on 48 to 256 tokens and for its last part on 512, and never
+sees a position beyond, so that texts of 1,024 tokens and more lie outside its range. ``dsa`` is a DeepSeek-V3.2 of two
+layers. It learns to recall with dense attention first, on up to 256 tokens; then its weights are frozen, and the
+indexer alone learns on 512 to rank keys as attention does (Kullback-Leibler divergence from the sum of the heads'
+probabilities).
 
 From noise, two layers that work together (one that looks a token back, one that looks for its own kind) take thousands
 of steps to find each other. Here they start as such: a head of the first layer has biases that point one token back,
@@ -79,7 +80,7 @@ class Arch:
 
 ARCHS = {"full": Arch("recall", 4, 3, 1.5e-3), "dsa": Arch("recall-dsa", 2, 1, 1.5e-3)}
 FIXED = 0.3  # until then names keep the random embeddings that they start with, so that maps serve any name
-DENSE = 0.75  # where dense training ends and the indexer's begins, for dsa
+DENSE = 0.8  # where dense training ends and the indexer's begins, for dsa
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -277,9 +278,9 @@ class Trainee(nn.Module):
 
     def lesson(self, seed: int, done: float) -> tuple[int, range]:
         """Tokens of a sequence, and the names of a batch."""
-        long = DENSE if self.arch == "dsa" else 0.85
+        long, every = (0.85, 0.8) if self.arch == "full" else (DENSE, 0.7)
         length = 48 + 16 * int(done / 0.03) if done < 0.15 else 128 if done < 0.3 else 256 if done < long else TRAINED
-        if self.arch == "full" and done >= 0.8 or 0.65 <= done < DENSE:
+        if done >= every:
             return length, range(FIRST, VOCAB)
         start = FIRST + FEW * random.Random(seed).randrange(NAMES // FEW)
         return length, range(start, start + FEW)
@@ -304,15 +305,12 @@ class Trainee(nn.Module):
         before[:, 1:] -= torch.where(before[:, 1:] < FIRST, 0, names.start - FIRST)
         answers[:, 1:] -= torch.where(answers[:, 1:] < FIRST, 0, names.start - FIRST)
         back = self.back(inner.norm(states[1].flatten(0, 1)[before[:, 0]]))
-        self.parts = []
         total = 0.3 * F.cross_entropy(back @ words.T, before[:, 1])
         for hop in range(1, hops + 1):
             last = hop == hops
             found = states[hop + 1].flatten(0, 1)[answers[:, 0]]  # the last of the states is normed already
             scores = (found if last else inner.norm(found)) @ words.T
-            part = F.cross_entropy(scores, answers[:, hop])
-            self.parts.append(part.item())
-            total = total + (1.0 if last else 0.5) * part
+            total = total + (1.0 if last else 0.5) * F.cross_entropy(scores, answers[:, hop])
         return total
 
 
@@ -384,15 +382,6 @@ def train(arch: str, *, seconds: float, steps: int | None, seed: int, state: Pat
         mean = loss.item() if mean is None else mean + 0.04 * (loss.item() - mean)
         if step % 50 == 0:
             print(f"{arch}: step {step}, {done:.1%} done, {stage}, training loss {mean:.3f}", flush=True)
-            import os
-            if os.environ.get("DEBUG_PARTS"):
-                print("   ", [round(x, 3) for x in trainee.parts], f"{(time.monotonic() - began) / step:.2f} s")
-            if os.environ.get("DEBUG_PARTS") and step % 200 == 0:
-                tk = build_tokenizer(); trainee.eval()
-                out = {}
-                for task, pr in (("single", {}), *[("threading", {"thread_length": h, "direction": "random"}) for h in range(2, ARCHS[arch].hops + 1)], ("multiple", {"num_needles": 2})):
-                    out[task + str(pr.get("thread_length", ""))] = [accuracy(trainee.model, tk, examples(task, L, 32, 7, **pr)) for L in (128, 256, 512)]
-                print("   ", out, flush=True); trainee.train()
         if time.monotonic() - saved > 120:
             save_state(state, trainee, optimizer, seconds=time.monotonic() - began, step=step)
             saved = time.monotonic()

@@ -64,6 +64,29 @@ def test_every_method_is_measured_beside_the_untouched_model(tmp_path: Path) -> 
     assert all(0.2 < mass[m] < 1.0 for m in ("oracle", "streaming", "snapkv", "quest", "tokenselect", "fasa")), mass
 
 
+def test_a_model_of_names_has_pairs_of_names_alone(tmp_path: Path) -> None:
+    task = Task(Options(model="recall", dtype="float32", length=160, limit=12))
+    assert task.kinds() == ["pairs"]
+    _, tokenizer = task._loaded
+    for item in task.items("pairs"):
+        ids, answer = item.content
+        assert len(ids) <= 160
+        assert tokenizer.convert_tokens_to_ids(answer) == ids[ids.index(ids[-1]) + 1]
+    assert task.data("pairs")["split"] == "generated"
+    plain, oracle, streaming = bench.run(task, ["plain", "oracle:keep=24", "streaming:keep=24"], tmp_path)
+    assert plain.quality["recall"] >= 0.9
+    assert oracle.quality["recall"] >= 0.8
+    assert streaming.quality["recall"] <= 0.5
+    with pytest.raises(LimitError, match="passkey"):
+        Task(Options(model="recall", kinds="passkey")).kinds()
+
+
+def test_kinds_can_be_chosen() -> None:
+    assert Task(Options(**SMALL, kinds="code, pairs")).kinds() == ["code", "pairs"]
+    with pytest.raises(LimitError, match="poems"):
+        Task(Options(**SMALL, kinds="poems")).kinds()
+
+
 def test_bits_are_those_of_one_forward() -> None:
     task = Task(Options(**SMALL))
     (item, _) = task.items("code")

@@ -106,3 +106,18 @@ def test_the_models_of_pictures_are_small_and_their_cards_complete() -> None:
     assert size < 11e6
     for name in names:
         assert {"licence", "slice", "seconds", "command", "threads", "steps"} <= set(models.info(name))
+
+
+@pytest.mark.parametrize("name", ["recall", "recall-dsa"])
+def test_the_recall_models_reach_what_their_cards_say(name: str, load_recipe: Callable[[str], ModuleType]) -> None:
+    recipe = load_recipe("recall")
+    card = json.loads((ASSETS / name / "card.json").read_text())
+    told = card["slice"]
+    model, tokenizer = models.load(name)
+    asked = recipe.examples(told["task"], told["tokens"], told["questions"], seed=told["seed"])
+    assert recipe.accuracy(model, tokenizer, asked) == pytest.approx(told["accuracy"], abs=0.011)
+    assert told["accuracy"] >= 0.95
+    assert card["held_out_accuracy"]["single"]["256"] >= 0.95
+    assert models.info(name)["licence"].startswith("Apache-2.0")
+    assert {"seconds", "command", "threads", "steps", "trained_tokens", "key_kind"} <= set(models.info(name))
+    assert sum(path.stat().st_size for path in (ASSETS / name).iterdir()) < 2.2e6

@@ -3,8 +3,9 @@
 Three kinds of items, each a prompt of ``length`` tokens: ``passkey`` (a number in the middle of text, asked for at the
 end), ``pairs`` (one value out of many keys) and one kind for each kind of text (bits a token of what follows it, read
 token by token, so that methods which act in decoding alone count; and the share of dense attention's probability that
-lies on what each step read). A model that reads nothing but names (`recall`) has pairs alone. ``oracle`` reads the tokens with the highest exact
-scores, ``streaming`` the first and the last ones, ``snapkv`` and ``quest`` are the usual peers.
+lies on what each step read). A model that reads nothing but names (`recall`) has pairs alone. ``oracle`` reads the
+tokens with the highest exact scores, ``streaming`` the first and the last ones, ``snapkv`` and ``quest`` are the usual
+peers.
 """
 
 from __future__ import annotations

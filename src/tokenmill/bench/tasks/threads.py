@@ -54,7 +54,7 @@ class Options:
 
     model: str = "recall"
     data: str = ""
-    tasks: str = "single,multiple,conditional,threading,multi-threading"
+    tasks: str = "single,threading"  # what the default model was taught
     contexts: str = "480"
     keys: Literal["auto", "uuid", "name"] = "auto"
     num_needles: int = 2

@@ -164,9 +164,7 @@ def _tokenizers(text: str) -> dict[str, Any]:
     return {name: models.tokenizer(name, where=_WHERE) for name in _words(text)}
 
 
-def _characters(
-    sizes: tuple[int, ...], unit: str, model: str, measures: dict[str, Any], keys: Any
-) -> tuple[int, ...]:
+def _characters(sizes: tuple[int, ...], unit: str, model: str, measures: dict[str, Any], keys: Any) -> tuple[int, ...]:
     """Lengths in characters. Tokens are those of the model, or of the first of --tokenizers for an endpoint."""
     from tokenmill import models
     from tokenmill.probe._haystack import pair_chars
