@@ -1,7 +1,7 @@
 """Train the small models that long-context methods are measured on: recall (full attention) and recall-dsa (indexed).
 
     python recipes/recall.py --arch full --steps 1600 --out runs/recall
-    python recipes/recall.py --arch dsa --steps 800 --out runs/recall
+    python recipes/recall.py --arch dsa --steps 450 --out runs/recall
 
 Both read haystacks of keys and values as `tokenmill.probe` writes them with ``keys="name"``, three tokens a pair: the
 key, the value and a comma. They are ordinary classes of transformers made from a configuration. ``full`` is a Llama of
@@ -80,7 +80,7 @@ class Arch:
 
 ARCHS = {"full": Arch("recall", 4, 3, 1.5e-3), "dsa": Arch("recall-dsa", 2, 1, 1.5e-3)}
 FIXED = 0.3  # until then names keep the random embeddings that they start with, so that maps serve any name
-DENSE = 0.8  # where dense training ends and the indexer's begins, for dsa
+DENSE = 0.72  # where dense training ends and the indexer's begins, for dsa
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -278,7 +278,7 @@ class Trainee(nn.Module):
 
     def lesson(self, seed: int, done: float) -> tuple[int, range]:
         """Tokens of a sequence, and the names of a batch."""
-        long, every = (0.85, 0.8) if self.arch == "full" else (DENSE, 0.7)
+        long, every = (0.85, 0.8) if self.arch == "full" else (DENSE, 0.6)
         length = 48 + 16 * int(done / 0.03) if done < 0.15 else 128 if done < 0.3 else 256 if done < long else TRAINED
         if done >= every:
             return length, range(FIRST, VOCAB)
@@ -293,7 +293,7 @@ class Trainee(nn.Module):
         if stage == "index":
             ids, _, _ = batch(seed, 2, TRAINED, names, hops)
             return divergence(self.model, ids)
-        rows = (2048 if done < 0.3 else 4096) // length
+        rows = (2048 if done < 0.3 or self.arch == "dsa" else 4096) // length
         ids, before, answers = batch(seed, rows, length, names, hops)
         g = torch.Generator().manual_seed(seed)
         before = before[torch.randperm(len(before), generator=g)[:PROBED]]
@@ -349,7 +349,7 @@ def rate_at(done: float, arch: str) -> float:
     """Learning rate after a share of the training."""
     peak = ARCHS[arch].rate
     if arch == "dsa" and done >= DENSE:
-        return 3e-3 * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (done - DENSE) / (1 - DENSE))))
+        return 6e-3 * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (done - DENSE) / (1 - DENSE))))
     end = DENSE if arch == "dsa" else 1.0
     if done < 0.4 * end:
         return peak * min(1.0, done / (0.04 * end))

@@ -132,5 +132,5 @@ def test_the_learning_rate_starts_low_and_ends_low() -> None:
     for arch, one in recall.ARCHS.items():
         rates = [recall.rate_at(at / 200, arch) for at in range(200)]
         assert rates[0] == 0
-        assert max(rates[:150]) == one.rate
-        assert rates[-1] < 0.11 * one.rate
+        assert max(rates[:140]) == one.rate
+        assert rates[-1] < 0.25 * one.rate
