@@ -17,7 +17,7 @@ for line in sys.stdin: print(json.dumps({k: v for k, v in json.loads(line).items
     <"runs/$1/results.jsonl" >>"$RESULTS/$1.jsonl"
 }
 
-for part in ${*:-profile speed accepted spectr exactness toy constrain peer bytes complete ensemble tokenize transplant guard stochastok lm vocabulary supertokens guard-speed shorten words large vqa prune-speed hisa-speed needle-tokens long-context attention-mass attend-speed kvpress diffuse}; do
+for part in ${*:-profile speed accepted spectr exactness toy constrain peer bytes complete ensemble tokenize transplant guard stochastok lm vocabulary supertokens guard-speed shorten words large vqa prune-speed hisa-speed needle-tokens long-context attention-mass attend-speed kvpress recall-beyond hisa-recall token-sparsity diffuse}; do
   case $part in
   profile) python benchmarks/forward_cost.py ;;
   speed)
@@ -177,8 +177,11 @@ for part in ${*:-profile speed accepted spectr exactness toy constrain peer byte
     done
     keep_means diffuse
     ;;
+  recall-beyond) python benchmarks/recall_beyond.py ;;
+  hisa-recall) python benchmarks/hisa_recall.py ;;
+  token-sparsity) python benchmarks/token_sparsity.py ;;
   *)
-    echo "unknown part $part: profile, speed, accepted, spectr, exactness, toy, constrain, peer, bytes, complete, ensemble, tokenize, transplant, guard, stochastok, lm, vocabulary, supertokens, guard-speed, shorten, words, large, vqa, prune-speed, hisa-speed, needle-tokens, long-context, attention-mass, attend-speed, kvpress, diffuse" >&2
+    echo "unknown part $part: profile, speed, accepted, spectr, exactness, toy, constrain, peer, bytes, complete, ensemble, tokenize, transplant, guard, stochastok, lm, vocabulary, supertokens, guard-speed, shorten, words, large, vqa, prune-speed, hisa-speed, needle-tokens, long-context, attention-mass, attend-speed, kvpress, recall-beyond, hisa-recall, token-sparsity, diffuse" >&2
     exit 2
     ;;
   esac

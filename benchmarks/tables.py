@@ -665,11 +665,72 @@ def long_context() -> str:
         cells = []
         for kind in kinds:
             quality = by_kind[kind]["quality"]
-            cells.append(f"{quality['bits']:.3f} bits" if "bits" in quality else f"{quality['recall']:.0%}")
+            mass = f", mass {quality['mass']:.0%}" if "mass" in quality else ""
+            cells.append(f"{quality['bits']:.3f} bits{mass}" if "bits" in quality else f"{quality['recall']:.0%}")
         # A method that acts in decoding alone reads everything in the prefill, so texts tell its share.
         shares = [line["cost"].get("density", 1.0) for line in by_kind.values() if "bits" in line["quality"]]
         rows.append([f"`{name}`", *cells, f"{sum(shares) / len(shares):.0%}"])
     return table(["method", *kinds, "keys read, texts"], rows) + provenance(found)
+
+
+def _share(line: Line) -> str:
+    low, high = line["interval"]
+    return f"{line['accuracy']:.1%} ({100 * low:.1f}-{100 * high:.1f})"
+
+
+def recall_models() -> str:
+    """What the recipe of the recall models took and reached, from the assets' own cards."""
+    cards = []
+    for name in ("recall", "recall-dsa"):
+        path = ROOT / "src" / "tokenmill" / "assets" / name / "card.json"
+        cards.append(json.loads(path.read_text(encoding="utf-8")))
+    lengths = list(cards[0]["held_out_accuracy"]["single"])
+    rows = []
+    for card in cards:
+        took = f"{card['steps']:,} steps, {card['cpu_seconds_of_last_run'] / 60:.0f} minutes of one core"
+        for task, reached in card["held_out_accuracy"].items():
+            cells = [f"{reached[length]:.1%}" if length in reached else "" for length in lengths]
+            rows.append([f"`{card['name']}`", f"{card['weights']:,}", took, task, *cells])
+    return table(["model", "weights", "training", "question", *(f"{int(n):,} tokens" for n in lengths)], rows)
+
+
+def recall_beyond() -> str:
+    """Recall beyond the trained length, by way of reading."""
+    found = lines("recall-beyond")
+    lengths = list(dict.fromkeys(line["tokens"] for line in found))
+    rows = []
+    for steps, way in dict.fromkeys((line["steps"], line["way"]) for line in found):
+        mine = {line["tokens"]: line for line in found if (line["steps"], line["way"]) == (steps, way)}
+        asked = "one value" if steps == 1 else f"thread of {steps}"
+        rows.append([asked, way, *(_share(mine[n]) if n in mine else "" for n in lengths)])
+    return table(["question", "attention", *(f"{n:,} tokens" for n in lengths)], rows) + provenance(found)
+
+
+def hisa_recall() -> str:
+    """Recall on the model with a trained indexer."""
+    found = lines("hisa-recall")
+    lengths = list(dict.fromkeys(line["tokens"] for line in found))
+    rows = []
+    for way in dict.fromkeys(line["way"] for line in found):
+        mine = {line["tokens"]: line for line in found if line["way"] == way}
+        rows.append([way, *(_share(mine[n]) if n in mine else "" for n in lengths)])
+    head = ["keys of a query", *(f"{n:,} tokens" for n in lengths)]
+    return table(head, rows) + provenance(found)
+
+
+def token_sparsity() -> str:
+    """Loss by share of tokens kept and by layers."""
+    found = lines("token-sparsity")
+    rows = []
+    for line in found:
+        if line["what"] == "loss":
+            low, high = line["interval"]
+            shown = ", ".join(str(layer) for layer in line["which"])
+            seeds = ", ".join(f"{value:+.3f}" for value in line["by_seed"])
+            more = f"{line['more']:+.4f} ({low:+.4f} to {high:+.4f})"
+            rows.append([line["layers"], shown, f"{line['tau']:g}", f"{line['density']:.0%}", more, seeds])
+    head = ["chosen", "layers", "tau", "tokens a head keeps", "nats more than dense", "by set of texts"]
+    return table(head, rows) + provenance(found)
 
 
 def needle_tokens() -> str:
@@ -877,6 +938,10 @@ _ATTEND = (
     tokenselect_speed,
     fasa_speed,
     tsa_speed,
+    recall_models,
+    recall_beyond,
+    hisa_recall,
+    token_sparsity,
 )
 _DIFFUSE = (learn2pd, unmasking_policies, diffusion_models)
 _PRUNE = (

@@ -58,6 +58,33 @@ def test_every_method_is_measured_beside_the_untouched_model(tmp_path: Path) -> 
         assert one.cost["bytes_read"] > 0
         assert abs(one.quality["bits"] - plain.quality["bits"]) < 5
     assert by_kind["plain", "passkey"].quality["same"] == 1.0
+    mass = {method: line.quality["mass"] for (method, kind), line in by_kind.items() if kind == "code"}
+    assert mass["plain"] == mass["token-sparse-attention"] == 1.0
+    assert mass["oracle"] == max(mass[m] for m in ("oracle", "streaming", "tokenselect"))
+    assert all(0.2 < mass[m] < 1.0 for m in ("oracle", "streaming", "snapkv", "quest", "tokenselect", "fasa")), mass
+
+
+def test_a_model_of_names_has_pairs_of_names_alone(tmp_path: Path) -> None:
+    task = Task(Options(model="recall", dtype="float32", length=160, limit=12))
+    assert task.kinds() == ["pairs"]
+    _, tokenizer = task._loaded
+    for item in task.items("pairs"):
+        ids, answer = item.content
+        assert len(ids) <= 160
+        assert tokenizer.convert_tokens_to_ids(answer) == ids[ids.index(ids[-1]) + 1]
+    assert task.data("pairs")["split"] == "generated"
+    plain, oracle, streaming = bench.run(task, ["plain", "oracle:keep=24", "streaming:keep=24"], tmp_path)
+    assert plain.quality["recall"] >= 0.9
+    assert oracle.quality["recall"] >= 0.8
+    assert streaming.quality["recall"] <= 0.5
+    with pytest.raises(LimitError, match="passkey"):
+        Task(Options(model="recall", kinds="passkey")).kinds()
+
+
+def test_kinds_can_be_chosen() -> None:
+    assert Task(Options(**SMALL, kinds="code, pairs")).kinds() == ["code", "pairs"]
+    with pytest.raises(LimitError, match="poems"):
+        Task(Options(**SMALL, kinds="poems")).kinds()
 
 
 def test_bits_are_those_of_one_forward() -> None:
@@ -69,7 +96,7 @@ def test_bits_are_those_of_one_forward() -> None:
     with torch.no_grad():
         scores = model(input_ids=ids).logits[0, -5:-1].log_softmax(-1)
     want = -scores.gather(-1, ids[0, -4:, None]).mean() / torch.tensor(2.0).log()
-    assert task.subject(MethodSpec("plain"), "code").run(item).output == pytest.approx(float(want), abs=1e-4)
+    assert task.subject(MethodSpec("plain"), "code").run(item).output[0] == pytest.approx(float(want), abs=1e-4)
 
 
 def test_what_cannot_work_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:

@@ -46,18 +46,29 @@ def test_floor_model_and_ceiling_stand_beside_each_other(tmp_path: Path) -> None
     assert bench.run(Task(options()), ["random", "oracle"], tmp_path) == found, "nothing is measured twice"
 
 
-def test_the_default_asks_all_five_tasks_within_reach_of_the_default_model() -> None:
-    made = Task(Options())
+def test_haystacks_of_every_task_keep_to_their_length_and_have_needles_at_all_depths() -> None:
+    made = Task(Options(model="gemma-3-270m", tasks=",".join(TASKS[:5])))
     kinds = made.kinds()
     assert kinds == [f"{task} 480" for task in TASKS[:5]]
     depths = [item.content.meta["needle_depth"] for item in made.items("single 480")]
     assert depths == ["0", "50", "100"]
     assert len({made.data(kind)["sha256"] for kind in kinds}) == len(kinds)
-    assert Task(Options(seed=1)).data("single 480") != made.data("single 480")
-    every = Task(Options(tasks=",".join(TASKS), contexts="800"))
+    assert Task(Options(model="gemma-3-270m", seed=1)).data("single 480") != made.data("single 480")
+    every = Task(Options(model="gemma-3-270m", tasks=",".join(TASKS), contexts="800"))
     assert [kind.partition(" ")[0] for kind in every.kinds()] == list(TASKS)
     for kind in every.kinds():
         assert all(item.content.meta["context_length"] <= 800 for item in every.items(kind))
+
+
+def test_the_default_model_is_asked_with_names_and_is_near_the_ceiling(tmp_path: Path) -> None:
+    task = Task(Options(limit=20))
+    assert task.kinds() == ["single 480", "threading 480"]
+    assert all(len(key) == 4 for item in task.items("single 480") for key in item.content.keys)
+    assert Task(Options(keys="uuid")).items("single 480")[0].content.haystack[1:38].count("-") == 4
+    found = {(r.method, r.data["kind"]): r for r in bench.run(task, ["plain", "random"], tmp_path)}
+    assert found["plain", "single 480"].quality["accuracy"] >= 0.9
+    assert found["plain", "threading 480"].quality["accuracy"] >= 0.75
+    assert found["random", "single 480"].quality["accuracy"] <= 0.2
 
 
 def test_guesses_are_near_chance() -> None:

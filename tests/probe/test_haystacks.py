@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokenmill.errors import LimitError
-from tokenmill.probe import Example, haystack
-from tokenmill.probe._haystack import draw, pairs, render
-from tokenmill.probe.needle_threading import generate
+from tokenmill.probe import Example, haystack, oracle
+from tokenmill.probe._haystack import NAMES, draw, name, pairs, render
+from tokenmill.probe.needle_threading import generate, score
 
 SEEDS = st.integers(0, 2**64)
 DIRECTIONS = ("forward", "backward", "random")
@@ -268,3 +268,34 @@ def test_bad_questions_are_refused_by_name(task: str, params: dict[str, Any], wo
 def test_bad_lengths_are_refused_by_name(lengths: dict[str, Any], words: str) -> None:
     with pytest.raises(LimitError, match=words):
         generate("single", **lengths)
+
+
+@given(n=st.integers(1, NAMES // 2), seed=SEEDS)
+def test_a_haystack_of_names_is_16_characters_a_pair_and_nothing_comes_twice(n: int, seed: int) -> None:
+    text = haystack(n, seed, "name")
+    held = json.loads(text)
+    assert len(text) == 16 * n
+    assert len({*held, *held.values()}) == 2 * n
+    assert text == json.dumps(held)
+    if n < NAMES // 2:
+        assert haystack(n + 1, seed, "name").startswith(text[:-1])
+
+
+def test_names_are_all_different_and_run_out() -> None:
+    assert len({name(number) for number in range(NAMES)}) == NAMES == 4096
+    assert haystack(2, 0, "name") == '{"tobo": "sama", "kovu": "hano"}'
+    with pytest.raises(LimitError, match="at most 2048"):
+        haystack(NAMES // 2 + 1, 0, "name")
+    with pytest.raises(LimitError, match="uuid"):
+        haystack(2, 0, "uid")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("task", GOLDEN)
+def test_every_task_can_be_asked_with_names(task: str) -> None:
+    example = generate(task, n_pairs=40, seed=3, keys="name")
+    assert score(example, oracle(example)).correct == 1.0
+    assert score(example, "nothing here").correct == 0.0
+    assert example.meta["key_kind"] == "name"
+    assert len(example.haystack) >= 16 * 40
+    found = generate(task, n_chars=640, seed=3, keys="name")
+    assert len(found.haystack) <= 640

@@ -197,3 +197,16 @@ def test_an_oracle_needs_no_more_than_the_example() -> None:
     example = generate("branched", n_pairs=30, branching_factor=3, thread_length=4, branches="all")
     bare = Example(0, example.haystack, "", example.keys, [], example.meta)
     assert sorted(json.loads(oracle(bare))) == sorted(example.values)
+
+
+def test_names_are_read_out_of_an_answer_like_uuids() -> None:
+    example = generate("multiple", n_pairs=9, seed=2, keys="name", num_needles=2)
+    first, second = example.values
+    assert score(example, f"{first} , {second}").correct == 1.0
+    assert score(example, f"the values are: {first}; {second}.").parsed == [first, second]
+    assert score(example, f"{second} {first}").correct == 0.0
+    assert score(example, f"{example.keys[0]} {first}x").parsed == []
+    single = generate("single", n_pairs=9, seed=2, keys="name")
+    assert score(single, f"of {single.keys[0]} it is {single.values[0]}").correct == 1.0
+    other = generate("single", n_pairs=9, seed=2, keys="uuid")
+    assert score(other, f"it is {other.values[0]}").correct == 1.0

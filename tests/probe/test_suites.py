@@ -114,6 +114,8 @@ def test_a_line_that_is_no_example_is_named(tmp_path: Path, line: str) -> None:
         ({"tasks": ("single", "single")}, "once"),
         ({"contexts": (79,)}, "contexts = 79"),
         ({"contexts": (0,)}, "contexts = 0"),
+        ({"contexts": (15,), "keys": "name"}, "contexts = 15"),
+        ({"keys": "words"}, "keys"),
         ({"repeats": 0}, "repeats = 0"),
         ({"seed": -1}, "seed = -1"),
         ({"depths": (50, 120)}, "depth = 120"),
@@ -166,3 +168,12 @@ def test_plots_are_drawn_for_every_task() -> None:
     assert "needle depth" in drawn["contour-single"]
     with pytest.raises(LimitError, match="at least one"):
         draw_plots()
+
+
+def test_a_suite_of_names_comes_back_from_its_file(tmp_path: Path) -> None:
+    suite = NeedleThreading(tasks=TASKS, contexts=(640,), repeats=1, keys="name")
+    made = list(suite.suite())
+    assert all(example.meta["key_kind"] == "name" for example in made)
+    to_jsonl(made, tmp_path / "names.jsonl")
+    again = list(from_jsonl(tmp_path / "names.jsonl"))
+    assert [(e.prompt, e.values, e.meta["key_kind"]) for e in again] == [(e.prompt, e.values, "name") for e in made]

@@ -37,3 +37,10 @@ def info(name: str) -> dict[str, Any]:
     size = sum(path.stat().st_size for path in folder.iterdir())
     weights = card.pop("weights")
     return {**card, "kind": "asset", "parameters": weights, "weights": "bfloat16", "size_mb": round(size / 1e6, 1)}
+
+
+def key_kind(name: str) -> str:
+    """What keys and values a model can read: "name" where its card says that it reads nothing else, else "any"."""
+    card = (ASSETS / name if name in assets() else Path(name)) / "card.json"
+    known: dict[str, Any] = json.loads(card.read_text()) if card.is_file() else {}
+    return known.get("key_kind", "any")

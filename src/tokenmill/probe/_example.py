@@ -25,7 +25,12 @@ COLUMNS = (
     "thread_direction",
     "num_threads",
 )
-_OURS = ("task", "branching_factor", "branches")  # the published files hold one task each and no branched threads
+_OURS = (
+    "task",
+    "branching_factor",
+    "branches",
+    "key_kind",
+)  # the published files hold one task each and no branched threads
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokenmill.errors import LimitError
-from tokenmill.probe._haystack import PAIR_CHARS, haystack
+from tokenmill.probe._haystack import PAIR_CHARS, Keys, haystack, pair_chars
 
 _SLOW_CHARS = 1_000_000
 _PROFILED = 200  # pairs of the haystack that a profile measures
@@ -46,6 +46,7 @@ def pairs_of(
     n_tokens: int | None = None,
     tokenizer: Any = None,
     seed: int = 0,
+    keys: Keys = "uuid",
 ) -> int:
     """The number of pairs that exactly one of three lengths asks for: as it is, or the most that stay within it.
 
@@ -62,14 +63,14 @@ def pairs_of(
     if name == "n_pairs":
         return value
     if name == "n_chars":
-        if value < PAIR_CHARS:
-            raise LimitError(where, name, value, f"at least {PAIR_CHARS}, the characters of one pair")
-        return value // PAIR_CHARS
+        if value < pair_chars(keys):
+            raise LimitError(where, name, value, f"at least {pair_chars(keys)}, the characters of one pair")
+        return value // pair_chars(keys)
     if tokenizer is None:
         raise LimitError(where, "tokenizer", None, "given together with n_tokens")
-    found = pairs_within(lambda n: count_tokens(tokenizer, haystack(n, seed)), value)
+    found = pairs_within(lambda n: count_tokens(tokenizer, haystack(n, seed, keys)), value)
     if not found:
-        needed = count_tokens(tokenizer, haystack(1, seed))
+        needed = count_tokens(tokenizer, haystack(1, seed, keys))
         raise LimitError(where, name, value, f"at least {needed}, this tokenizer's tokens of one pair")
     return found
 

@@ -1,7 +1,7 @@
 """Scoring answers by rule, and tables of accuracy with Wilson intervals.
 
 Where the authors let another model read the values out of a free answer, a regular expression does it here: what is
-looked for are UUIDs, and there is one way to write them.
+looked for are UUIDs (or names of four letters), and there is one way to write them.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING
 
 from tokenmill.errors import LimitError
 from tokenmill.probe._example import TASKS, Example
+from tokenmill.probe._haystack import CONSONANTS, VOWELS
 
 if TYPE_CHECKING:
     from tokenmill.probe._answers import Answer
 
 Z95 = 1.96
 _UUID = re.compile(r"(?<![0-9a-f*&-])[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}(?![0-9a-f*&-])")
+_NAME = re.compile(rf"(?<![\w*&-])(?:[{CONSONANTS}][{VOWELS}]){{2}}(?![\w*&-])")
 _WRAPPING = " \t\r\n\"'`[("
 _FENCE = re.compile(r"^\s*```\w*\s*")
 _LONGEST = 100_000  # characters of an answer that are read as a list
@@ -57,7 +59,7 @@ def score(example: Example, text: str) -> Score:
         parsed = [_one(text, example)]
         right = float(parsed[0] == gold[0])
         return Score(right, [p for p in parsed if p], int(bool(parsed[0]) and not right))
-    parsed = _several(text, example.keys)
+    parsed = _several(text, example)
     if example.ordered:
         right = sum(said[: len(value)] == value for said, value in zip(parsed, gold, strict=False))
         wrong = len(parsed) - right
@@ -72,21 +74,27 @@ def _one(text: str, example: Example) -> str:
     bare = _FENCE.sub("", text).lstrip(_WRAPPING)
     if bare.startswith(gold):
         return gold
-    found = [one for one in _UUID.findall(text) if one not in example.keys]
+    found = _written(text, example)
     return found[0] if found else ""
 
 
-def _several(text: str, keys: Sequence[str]) -> list[str]:
+def _written(text: str, example: Example) -> list[str]:
+    """Everything in a text that looks like a value and is no key of the question."""
+    pattern = _NAME if example.meta.get("key_kind") == "name" else _UUID
+    return [one for one in pattern.findall(text) if one not in example.keys]
+
+
+def _several(text: str, example: Example) -> list[str]:
     bare = _FENCE.sub("", text)[:_LONGEST]
     start, end = bare.find("["), bare.find("]")
     if 0 <= start < end:
         try:
             listed = ast.literal_eval(bare[start : end + 1])
         except (ValueError, SyntaxError, MemoryError, RecursionError):
-            listed = None  # no list after all: the UUIDs are read below
+            listed = None  # no list after all: single values are read below
         if isinstance(listed, list) and listed and all(isinstance(value, str) for value in listed):
             return [value.strip() for value in listed]
-    return [one for one in _UUID.findall(bare) if one not in keys]
+    return _written(bare, example)
 
 
 def wilson(p: float, n: int, z: float = Z95) -> tuple[float, float]:

@@ -24,7 +24,7 @@ from tokenmill.errors import LimitError, unknown_name
 from tokenmill.probe._answers import Answer, run
 from tokenmill.probe._contours import contour, effective_context
 from tokenmill.probe._example import TASKS, Example, from_jsonl, to_jsonl
-from tokenmill.probe._haystack import PAIR_CHARS, pairs, render
+from tokenmill.probe._haystack import Keys, pair_chars, pairs, render
 from tokenmill.probe._lengths import TokenProfile, count_tokens, pairs_of, token_profile
 from tokenmill.probe._plots import draw_plots
 from tokenmill.probe._scores import Score, aggregate, score
@@ -123,6 +123,7 @@ def generate(
     n_tokens: int | None = None,
     tokenizer: Any = None,
     seed: int = 0,
+    keys: Keys = "uuid",
     **params: Any,
 ) -> Example:
     """Make one example; the same arguments give the same bytes on every platform.
@@ -134,6 +135,7 @@ def generate(
         n_tokens: in tokens of `tokenizer`, at most, counted on the haystack that is made.
         tokenizer: of transformers or tokenizers, or an object with ``encode(text)``.
         seed: of the haystack and of the needles' places, 0 or more.
+        keys: what keys and values are: "uuid" as published, or "name", short ones for small vocabularies.
         params: of the task: depth; num_needles, placement, character; thread_length, direction, num_threads;
             branching_factor, branches.
 
@@ -145,20 +147,21 @@ def generate(
     (['247a8333-f7b0-b7d2-cda8-056c3d15eef7'], 2000)
     """
     check_count("seed", seed, 0)  # `Random` takes -1 for 1
+    check_choice("keys", keys, Keys)
     asked = _asked(task, params)
-    n = pairs_of(n_pairs, n_chars, n_tokens, tokenizer, seed)
+    n = pairs_of(n_pairs, n_chars, n_tokens, tokenizer, seed, keys)
     if n_chars is not None:
-        n = _pairs_in(asked, n_chars)
-    made = _made(asked, n, seed)
+        n = _pairs_in(asked, n_chars, keys)
+    made = _made(asked, n, seed, keys)
     # What is asked changes the haystack, so the one that is asked about may have a few tokens more than the bare one.
     while n_tokens is not None and count_tokens(tokenizer, made.haystack) > n_tokens:
         n -= 1
-        made = _made(asked, n, seed)
+        made = _made(asked, n, seed, keys)
     return made
 
 
-def _pairs_in(asked: Asked, characters: int) -> int:
-    return max(0, characters - asked.extra_chars) // PAIR_CHARS
+def _pairs_in(asked: Asked, characters: int, keys: Keys) -> int:
+    return max(0, characters - asked.extra_chars) // pair_chars(keys)
 
 
 def _asked(task: str, params: Mapping[str, Any]) -> Asked:
@@ -171,14 +174,16 @@ def _asked(task: str, params: Mapping[str, Any]) -> Asked:
     return cast(Asked, KINDS[task](**params))
 
 
-def _made(asked: Asked, n: int, seed: int, *, number: int = 0, repeat: int = 0) -> Example:
+def _made(asked: Asked, n: int, seed: int, keys: Keys, *, number: int = 0, repeat: int = 0) -> Example:
     if asked.pairs_needed > n:
         limit = f"at most the {n} pairs of the haystack"
         raise LimitError(WHERE, f"pairs needed by {asked}", asked.pairs_needed, limit, "Ask for less or lengthen it.")
-    content, keys, values = asked.place(pairs(n, seed), random.Random(f"{seed} {asked.task}"))
+    content, named, values = asked.place(pairs(n, seed, keys), random.Random(f"{seed} {asked.task}"))
     text = render(content)
     meta = {"task": asked.task, "context_length": len(text), "num_kv_pairs": n, "repeat_number": repeat}
-    return Example(number, text, asked.question(keys), keys, values, {**meta, **defaults(), **asked.columns()})
+    if keys != "uuid":
+        meta["key_kind"] = keys
+    return Example(number, text, asked.question(named), named, values, {**meta, **defaults(), **asked.columns()})
 
 
 def build_suite(
@@ -214,6 +219,7 @@ class NeedleThreading:
         branching_factors: of branched threads.
         branches: what is asked of a branched thread: final, all.
         fresh: a haystack of its own for each example.
+        keys: what keys and values are: uuid, as published, or name.
         seed: of the first repeat; the others follow it.
 
     Raises:
@@ -233,9 +239,11 @@ class NeedleThreading:
     branching_factors: tuple[int, ...] = (2, 3)
     branches: tuple[Branches, ...] = ("final",)
     fresh: bool = False
+    keys: Keys = "uuid"
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_choice("keys", self.keys, Keys)
         for name, check in _CHECKS.items():
             values = getattr(self, name)
             if isinstance(values, str) or not isinstance(values, Iterable) or not values:
@@ -244,6 +252,8 @@ class NeedleThreading:
                 raise LimitError(WHERE, name, values, "a tuple in which each value comes once")
             for value in values:
                 check(value)
+        for context in self.contexts:
+            check_count("contexts", context, pair_chars(self.keys))
         check_count("repeats", self.repeats)
         check_count("seed", self.seed, 0)
         check_choice("character", self.character, CHARACTERS)
@@ -277,15 +287,16 @@ class NeedleThreading:
         for task in self.tasks:
             points = self.points(task)
             for context in self.contexts:
-                fitting = [point for point in points if _pairs_in(point, context) >= point.pairs_needed]
+                fitting = [point for point in points if _pairs_in(point, context, self.keys) >= point.pairs_needed]
                 if not fitting:
-                    least = min((PAIR_CHARS * p.pairs_needed + p.extra_chars for p in points), default=None)
+                    least = min((pair_chars(self.keys) * p.pairs_needed + p.extra_chars for p in points), default=None)
                     limit = f"at least {least} for {task}" if least else f"used with a grid of {task} that has points"
                     raise LimitError(WHERE, "contexts", context, limit)
                 for repeat in range(self.repeats):
                     for point in fitting:
                         seed = (self.seed << 32) + number if self.fresh else self.seed + repeat
-                        yield _made(point, _pairs_in(point, context), seed, number=number, repeat=repeat)
+                        n = _pairs_in(point, context, self.keys)
+                        yield _made(point, n, seed, self.keys, number=number, repeat=repeat)
                         number += 1
 
     def run(self, model: Any, tokenizer: Any = None, *, out: str | Path | None = None, **how: Any) -> list[Answer]:
@@ -298,7 +309,7 @@ def _check_task(value: Any) -> None:
 
 
 def _check_context(value: Any) -> None:
-    check_count("contexts", value, PAIR_CHARS)
+    check_count("contexts", value)
 
 
 _CHECKS: Mapping[str, Callable[[Any], None]] = {

@@ -2,24 +2,30 @@
 
 Three kinds of items, each a prompt of ``length`` tokens: ``passkey`` (a number in the middle of text, asked for at the
 end), ``pairs`` (one value out of many keys) and one kind for each kind of text (bits a token of what follows it, read
-token by token, so that methods which act in decoding alone count). ``oracle`` reads the tokens with the highest exact
-scores, ``streaming`` the first and the last ones, ``snapkv`` and ``quest`` are the usual peers.
+token by token, so that methods which act in decoding alone count; and the share of dense attention's probability that
+lies on what each step read). A model that reads nothing but names (`recall`) has pairs alone. ``oracle`` reads the
+tokens with the highest exact scores, ``streaming`` the first and the last ones, ``snapkv`` and ``quest`` are the usual
+peers.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import random
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from tokenmill import catalog
 from tokenmill.bench.task import Item, MethodSpec, Metric, NoSettings, Outcome, Scalar, held_weights, read_spec
 from tokenmill.bench.texts import Source, sources
-from tokenmill.errors import LimitError
+from tokenmill.errors import LimitError, unknown_name
+from tokenmill.models._catalog import key_kind
+from tokenmill.probe._haystack import NAMES
+from tokenmill.probe._haystack import pairs as names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,6 +46,7 @@ class Options:
             the texts whose continuation is read.
         length: tokens of a prompt.
         follow: tokens of a text that are read one by one behind the prompt.
+        kinds: which of passkey, pairs and the kinds of text, with commas; none: all that the model can read.
         limit: items of each kind.
         repeats: timings of each item; their median counts.
         dtype: of the model.
@@ -51,6 +58,7 @@ class Options:
     data: str = "python-reference,python-stdlib"
     length: int = 1024
     follow: int = 24
+    kinds: str = ""
     limit: int = 4
     repeats: int = 1
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -91,6 +99,7 @@ class Task:
     METRICS: Mapping[str, Metric] = {
         "recall": Metric("prompts whose answer is right", "higher"),
         "bits": Metric("bits a token of the text that follows", "lower"),
+        "mass": Metric("dense attention's probability on what is read, while the text is read on", "higher"),
         "same": Metric("the untouched model's answer", "higher"),
     }
 
@@ -108,9 +117,23 @@ class Task:
         return {k: getattr(self.options, k) for k in ("data", "length", "follow", "dtype", "attn")}
 
     def kinds(self) -> list[str]:
-        return [*RECALL, *self._sources]
+        """What is measured.
+
+        Raises:
+            LimitError: a kind that there is not, or one that the model cannot read.
+        """
+        known = ["pairs"] if self._names else [*RECALL, *self._sources]
+        asked = [kind.strip() for kind in self.options.kinds.split(",") if kind.strip()]
+        for kind in asked:
+            if kind not in known:
+                raise unknown_name(_WHERE, "kinds", kind, known)
+        return asked or known
 
     def data(self, kind: str, /) -> dict[str, str]:
+        if kind == "pairs":
+            about = f"{[item.content for item in self.items(kind)]}"
+            digest = hashlib.sha256(about.encode()).hexdigest()
+            return {"name": "pairs", "kind": kind, "sha256": digest, "split": "generated"}
         source = self._sources[kind if kind in self._sources else next(iter(self._sources))]
         return {"name": source.name, "kind": kind, "sha256": source.sha256, "split": source.split}
 
@@ -162,12 +185,16 @@ class Task:
         """The model behind a method, warm."""
         model, _ = self._loaded
         made = Reader(model, self.method(spec), self.options.follow)
-        made.run(self.items(kind)[0])
+        items = self.items(kind)
+        made.run(items[0])
+        if kind not in RECALL:
+            made.masses = {item.id: made.mass(item) for item in items}
         return made
 
     def quality(self, item: Item, plain: Outcome, ours: Outcome, /) -> dict[str, float]:
         if item.kind not in RECALL:
-            return {"bits": ours.output}
+            bits, mass = ours.output
+            return {"bits": bits} | ({} if mass is None else {"mass": mass})
         _, tokenizer = self._loaded
         said, answer = tokenizer.decode(ours.output), item.content[1]
         return {"recall": float(said.strip().startswith(answer)), "same": float(ours.output == plain.output)}
@@ -192,11 +219,12 @@ class Task:
         """As many pairs of a key and a value as fit, one of which is asked for."""
         _, tokenizer = self._loaded
         rng = random.Random(f"{self.options.seed} pairs {number}")
+        drawn = self._drawn(rng)
         lines: list[list[int]] = []
         pairs: list[tuple[str, str]] = []
         left = self.options.length - 32
         while True:
-            key, value = (str(rng.randrange(10_000, 100_000)) for _ in range(2))
+            key, value = next(drawn)
             line = tokenizer(f"{key} -> {value}\n", add_special_tokens=False)["input_ids"]
             if sum(map(len, lines)) + len(line) > left:
                 break
@@ -205,6 +233,15 @@ class Task:
         at = min(round((number + 0.5) / self.options.limit * len(pairs)), len(pairs) - 1)
         asked = tokenizer(f"{pairs[at][0]} -> ", add_special_tokens=False)["input_ids"]
         return Item(f"pair {at} of {len(pairs)}", "pairs", ([i for line in lines for i in line] + asked, pairs[at][1]))
+
+    def _drawn(self, rng: random.Random) -> Iterator[tuple[str, str]]:
+        """Keys and values: numbers of five digits, or names for a model that reads nothing else."""
+        if self._names:
+            yield from names(NAMES // 2, rng.getrandbits(32), "name")
+            limit = f"at most what {NAMES // 2} pairs of names take"
+            raise LimitError(_WHERE, "length", self.options.length, limit)
+        while True:
+            yield str(rng.randrange(10_000, 100_000)), str(rng.randrange(10_000, 100_000))
 
     def _texts(self, kind: str) -> list[list[int]]:
         """The tokens of ``limit`` held-out texts that are long enough, with those that are read behind the prompt."""
@@ -232,6 +269,11 @@ class Task:
         return found
 
     @cached_property
+    def _names(self) -> bool:
+        """Whether the model reads nothing but the probe's names."""
+        return key_kind(self.options.model) == "name"
+
+    @cached_property
     def _ranking(self) -> Any:
         """Frequencies of the model for FASA, measured once on a text that is in no prompt."""
         import torch
@@ -240,7 +282,8 @@ class Task:
 
         model, _ = self._loaded
         kind, source = next(iter(self._sources.items()))
-        texts = self._long(source.texts.get("train", {}), self.options.length, kind)
+        texts = [self._pairs(-1).content[0]] if self._names else []
+        texts = texts or self._long(source.texts.get("train", {}), self.options.length, kind)
         if not texts:
             raise LimitError(_WHERE, "length", self.options.length, f"at most the tokens of a training text of {kind}")
         return calibrate(model, torch.tensor(texts[:1]), k=min(256, self.options.length // 4), max_new_tokens=16)
@@ -258,11 +301,19 @@ class Task:
 
 @dataclass(slots=True)
 class Reader:
-    """A model with a method attached (or none), and what one prompt costs."""
+    """A model with a method attached (or none), and what one prompt costs.
+
+    Attributes:
+        model: the model.
+        method: what is attached; None for nothing.
+        follow: tokens that are read on in a text.
+        masses: what `mass` found for each text, by its id.
+    """
 
     model: Any
     method: Any
     follow: int
+    masses: dict[str, float | None] = field(default_factory=dict)
 
     def run(self, item: Item) -> Outcome:
         """Answer a question, or read on in a text."""
@@ -270,14 +321,39 @@ class Reader:
 
         import torch
 
-        bos = getattr(self.model.config.get_text_config(), "bos_token_id", None)
-        first = [] if bos is None else [bos]
-        recall = item.kind in RECALL
-        ids = torch.tensor([[*first, *(item.content[0] if recall else item.content)]], device=self.model.device)
+        recall, ids = item.kind in RECALL, self._ids(item)
         with torch.inference_mode(), self.method.attach(self.model) if self.method is not None else nullcontext() as t:
-            output = self._answer(ids) if recall else self._bits(ids)
+            output = self._answer(ids) if recall else (self._bits(ids), self.masses.get(item.id))
         counts = {} if t is None else {k: float(v) for k, v in t.counts().items() if v}
         return Outcome(output, {"length": float(ids.shape[1]), **counts})
+
+    def mass(self, item: Item) -> float | None:
+        """Dense probability on what each step of reading on reads, in the mean over steps and layers; untimed.
+
+        None for a method that is not one of attention's sets.
+        """
+        import torch
+
+        from tokenmill.attend import SparseAttention
+        from tokenmill.attend._mass import MassMeter
+
+        if self.method is None:
+            return 1.0
+        if not isinstance(self.method, SparseAttention):
+            return None
+        meter = MassMeter(self.method)
+        with torch.inference_mode(), meter.attach(self.model):
+            self._bits(self._ids(item))
+        return sum(meter.masses) / len(meter.masses) if meter.masses else None
+
+    def _ids(self, item: Item) -> Tensor:
+        """(1, T), the begin token first if the model has one."""
+        import torch
+
+        bos = getattr(self.model.config.get_text_config(), "bos_token_id", None)
+        first = [] if bos is None else [bos]
+        content = item.content[0] if item.kind in RECALL else item.content
+        return torch.tensor([[*first, *content]], device=self.model.device)
 
     def _answer(self, ids: Tensor) -> list[int]:
         import torch

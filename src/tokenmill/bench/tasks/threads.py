@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tokenmill import catalog, settings
 from tokenmill.bench.task import Item, MethodSpec, Metric, NoSettings, Outcome, Scalar, held_weights
 from tokenmill.errors import LimitError, UnsupportedError, unknown_name
+from tokenmill.models._catalog import key_kind
 
 if TYPE_CHECKING:
     from tokenmill.probe import Example
@@ -36,6 +37,8 @@ class Options:
         data: your own file of examples, as to_jsonl writes them; none makes them.
         tasks: which of single, multiple, conditional, threading, multi-threading, branched; with commas.
         contexts: characters of the haystack at most, with commas.
+        keys: what keys and values are: uuid as published (80 characters a pair), name (16), or auto: names for a model
+            that reads nothing else.
         num_needles: keys that are asked, or have the character.
         thread_length: steps of a thread.
         direction: of a thread.
@@ -49,10 +52,11 @@ class Options:
         seed: of the first haystack.
     """
 
-    model: str = "gemma-3-270m"
+    model: str = "recall"
     data: str = ""
-    tasks: str = "single,multiple,conditional,threading,multi-threading"
+    tasks: str = "single,threading"  # what the default model was taught
     contexts: str = "480"
+    keys: Literal["auto", "uuid", "name"] = "auto"
     num_needles: int = 2
     thread_length: int = 2
     direction: Literal["forward", "backward", "random"] = "forward"
@@ -190,7 +194,8 @@ class Task:
         o = self.options
         tasks = tuple(name.strip() for name in o.tasks.split(",") if name.strip())
         contexts = _numbers(o.contexts)
-        NeedleThreading(tasks=tasks, contexts=contexts)  # refuses what is no task or no length
+        keys = o.keys if o.keys != "auto" else "name" if key_kind(o.model) == "name" else "uuid"
+        NeedleThreading(tasks=tasks, contexts=contexts, keys=keys)  # refuses what is no task or no length
         threads = {"thread_length": o.thread_length, "direction": o.direction}
         needles = {"num_needles": o.num_needles}
         asked: dict[str, dict[str, Any]] = {"multiple": needles, "conditional": needles, "threading": threads}
@@ -201,7 +206,7 @@ class Task:
             for context in contexts:
                 for number in range(o.limit):
                     params = asked.get(task, {"depth": 100 * number / max(o.limit - 1, 1)})
-                    made = generate(task, n_chars=context, seed=o.seed + number, **params)
+                    made = generate(task, n_chars=context, seed=o.seed + number, keys=keys, **params)
                     found.append(replace(made, id=number))
         return found
 

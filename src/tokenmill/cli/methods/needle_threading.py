@@ -55,6 +55,7 @@ def command(
     branching: Annotated[str, typer.Option(help="Branches of each step of a branched thread.")] = "2",
     branches: Annotated[str, typer.Option(help="What is asked of it: final, all.")] = "final",
     fresh: Annotated[bool, typer.Option("--fresh", help="A haystack of its own for each question.")] = False,
+    keys: Annotated[str, typer.Option(help="What keys and values are: uuid, as published, or name.")] = "uuid",
     seed: Annotated[int, typer.Option(help="Of the first haystack.")] = 0,
     data: Annotated[Path | None, typer.Option(help="Your own examples (JSON lines) in place of new ones.")] = None,
     examples: Annotated[Path | None, typer.Option(help="Write the examples there (JSON lines).")] = None,
@@ -106,9 +107,9 @@ def command(
         grid |= {"num_needles": _numbers("needles", needles), "placements": _words(placements), "character": character}
         grid |= {"thread_lengths": _numbers("lengths", lengths), "directions": _words(directions), "seed": seed}
         grid |= {"num_threads": _numbers("threads", threads), "branching_factors": _numbers("branching", branching)}
-        grid |= {"branches": _words(branches), "fresh": fresh}
+        grid |= {"branches": _words(branches), "fresh": fresh, "keys": keys}
         NeedleThreading(**grid)  # a bad value is refused before a model is loaded
-        sizes = _characters(sizes, unit, model, measures)
+        sizes = _characters(sizes, unit, model, measures, keys)
         suite = list(NeedleThreading(contexts=sizes, **grid).suite())
     if examples is not None:
         to_jsonl(suite, examples)
@@ -163,10 +164,10 @@ def _tokenizers(text: str) -> dict[str, Any]:
     return {name: models.tokenizer(name, where=_WHERE) for name in _words(text)}
 
 
-def _characters(sizes: tuple[int, ...], unit: str, model: str, measures: dict[str, Any]) -> tuple[int, ...]:
+def _characters(sizes: tuple[int, ...], unit: str, model: str, measures: dict[str, Any], keys: Any) -> tuple[int, ...]:
     """Lengths in characters. Tokens are those of the model, or of the first of --tokenizers for an endpoint."""
     from tokenmill import models
-    from tokenmill.probe._haystack import PAIR_CHARS
+    from tokenmill.probe._haystack import pair_chars
     from tokenmill.probe._lengths import pairs_of
 
     if unit == "characters":
@@ -175,7 +176,7 @@ def _characters(sizes: tuple[int, ...], unit: str, model: str, measures: dict[st
     if unit == "tokens":
         tokenizer = models.tokenizer(model, where=_WHERE) if model else next(iter(measures.values()), None)
     name = f"n_{unit}"
-    found = (PAIR_CHARS * pairs_of(**{name: size}, tokenizer=tokenizer) for size in sizes)
+    found = (pair_chars(keys) * pairs_of(**{name: size}, tokenizer=tokenizer, keys=keys) for size in sizes)
     return tuple(dict.fromkeys(found))
 
 
