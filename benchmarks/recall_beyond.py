@@ -4,9 +4,9 @@ python benchmarks/recall_beyond.py     # about twenty minutes on one core
 
 The model `recall` was trained on at most 512 tokens. Haystacks of names of up to 4,096 tokens end with a question for
 one value, or for the end of a thread; an answer counts when the likeliest next token is the value. `ntk` is dense
-attention whose rotary base is raised by the factor by which the text exceeds the trained length. The haystack is read first, in
-chunks of 64 tokens that choose together, then the question token by token, as in decoding: in a chunk that joins the
-one token that asks with sixty others, the mean query is theirs.
+attention whose rotary base is raised by the factor by which the text exceeds the trained length. The haystack is read
+first, in chunks of 64 tokens that choose together, then the question token by token, as in decoding: in a chunk that
+joins the one token that asks with sixty others, the mean query is theirs.
 """
 
 from __future__ import annotations

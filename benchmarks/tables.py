@@ -849,7 +849,7 @@ def chosen(found: dict[str, dict[Key, list[Line]]], loss: float) -> dict[str, Ke
     tried = found["validation"]
     least = _over(tried["plain", ""], "quality", "accuracy") - loss
     best: dict[str, Key] = {}
-    for rule, tuned in tried:
+    for rule, _tuned in tried:
         mine = {key: part for key, part in tried.items() if key[0] == rule}
         good = {k: p for k, p in mine.items() if _over(p, "quality", "accuracy") >= least}
         if good:

@@ -279,10 +279,12 @@ def filled(model: Any, tokenizer: Any, *, count: int, seed: int) -> dict[str, fl
     generator = torch.Generator().manual_seed(seed)
     number = 1 + (torch.arange(count) * length // count)[:, None]
     hide = torch.rand(rows.shape, generator=generator).argsort(1).argsort(1) < number
-    nats = torch.cat([
-        F.cross_entropy(model(input_ids=x.masked_fill(h, MASK)).logits.transpose(1, 2), x, reduction="none") * h / n
-        for x, h, n in zip(rows.split(PART), hide.split(PART), number.split(PART), strict=True)
-    ])
+    nats = torch.cat(
+        [
+            F.cross_entropy(model(input_ids=x.masked_fill(h, MASK)).logits.transpose(1, 2), x, reduction="none") * h / n
+            for x, h, n in zip(rows.split(PART), hide.split(PART), number.split(PART), strict=True)
+        ]
+    )
     return {"gaps": round(right / count, 4), "bits_per_byte": round(float(nats.sum(1).mean()) / math.log(2), 4)}
 
 

@@ -41,7 +41,8 @@ def test_every_method_is_measured_beside_one_token_a_pass(tmp_path: Path) -> Non
     methods = [
         "quota:n=2", "random:n=2", "entropy:n=2", "margin:n=2", "threshold:tau=0.9", "factor:f=0.5",
         "entropy-bound:gamma=0.05", "learn2pd:threshold=0.8", "unmasking-policies",
-        "freecache-guided-diffusion:cache=free", "window-diffusion:external_window=12:internal_window=6:refresh_cycle=3",
+        "freecache-guided-diffusion:cache=free",
+        "window-diffusion:external_window=12:internal_window=6:refresh_cycle=3",
     ]  # fmt: skip
     found = bench.run(task, methods, tmp_path)
     assert {(r.status, r.message) for r in found} == {("ok", "")}

@@ -123,7 +123,9 @@ def test_positions_are_relative_rotations_of_pairs() -> None:
     turned = rotate(x)
     assert torch.allclose(turned.norm(dim=-1), x.norm(dim=-1))
     assert torch.equal(turned[:, 0], x[:, 0])
-    angle = math.atan2(float(turned[0, 1, 1]), float(turned[0, 1, 0])) - math.atan2(float(x[0, 1, 1]), float(x[0, 1, 0]))
+    angle = math.atan2(float(turned[0, 1, 1]), float(turned[0, 1, 0])) - math.atan2(
+        float(x[0, 1, 1]), float(x[0, 1, 0])
+    )
     assert math.cos(angle - 1) == pytest.approx(1, abs=1e-6)  # the first pair turns by 1 a place
     same = x[:, :1].expand(-1, 6, -1)
     product = rotate(same) @ rotate(same).transpose(1, 2)
@@ -164,7 +166,9 @@ def test_bernoulli_likelihoods_sum_up_to_one(size: int) -> None:
     assert torch.allclose(ll.exp(), product, rtol=1e-4)
     nothing = bernoulli_log_likelihood(u, torch.zeros_like(eligible), torch.zeros_like(eligible))
     assert float(nothing) == 0
-    assert torch.isfinite(bernoulli_log_likelihood(torch.tensor([torch.inf]), torch.tensor([False]), torch.tensor([True])))
+    assert torch.isfinite(
+        bernoulli_log_likelihood(torch.tensor([torch.inf]), torch.tensor([False]), torch.tensor([True]))
+    )
 
 
 def test_bernoulli_draws_have_the_sigmoids_frequencies() -> None:
@@ -282,7 +286,7 @@ def test_only_masks_of_the_block_are_revealed_and_they_stay(mixed: Any, sampling
     start, trace = inputs["input_ids"].shape[1], made.trace
     assert torch.equal(out[:, :start], inputs["input_ids"])
     history = [torch.full((8, ROOM), MASK), *trace.history]
-    for before, after in zip(history, history[1:], strict=False):
+    for before, after in itertools.pairwise(history):
         kept = before != MASK
         assert torch.equal(before[kept], after[kept])
     assert all(calls <= ROOM for calls in trace.row_calls)
@@ -338,7 +342,13 @@ def test_what_the_network_sees_is_the_pass() -> None:
     x[0, :2], x[1, :6] = 9, 9
     real = torch.ones(2, 7, dtype=torch.bool)
     canvas = Canvas.of(
-        x, real, torch.arange(7).expand(2, -1), prompt=2, mask_id=MASK, eot_ids=torch.tensor([1]), block_length=3,
+        x,
+        real,
+        torch.arange(7).expand(2, -1),
+        prompt=2,
+        mask_id=MASK,
+        eot_ids=torch.tensor([1]),
+        block_length=3,
         shift=False,
     )
     canvas.passes, canvas.confidence = torch.tensor([1, 4]), torch.arange(14.0).view(2, 7)
@@ -410,9 +420,7 @@ class Toy:
         return found
 
     def log_likelihood(self, chosen: list[Tensor], eligible: list[Tensor]) -> Tensor:
-        return torch.stack([
-            bernoulli_log_likelihood(self.theta[t], chosen[t], eligible[t]) for t in range(2)
-        ])
+        return torch.stack([bernoulli_log_likelihood(self.theta[t], chosen[t], eligible[t]) for t in range(2)])
 
 
 @pytest.mark.prop("unmasking-policies", 8)
@@ -471,7 +479,9 @@ def test_passes_in_which_nothing_is_eligible_do_not_count() -> None:
     active[0] = False
     plain = grpo_loss(new, old, a, active, clip=0.5)
     zeros = torch.zeros(5, 4)
-    wide = grpo_loss(torch.cat([new, zeros], 1), torch.cat([old, zeros], 1), a, torch.cat([active, zeros > 0], 1), clip=0.5)
+    wide = grpo_loss(
+        torch.cat([new, zeros], 1), torch.cat([old, zeros], 1), a, torch.cat([active, zeros > 0], 1), clip=0.5
+    )
     assert torch.equal(plain, wide)
     assert torch.isfinite(plain)
 
@@ -535,9 +545,7 @@ def test_training_learns_to_be_quick_where_answers_stay_right(mixed: Any) -> Non
     before = {name: p.clone() for name, p in rule.network.state_dict().items()}  # pyright: ignore[reportAttributeAccessIssue]
     told: list[int] = []
     config = GRPOConfig(max_new_tokens=ROOM, group=6, alpha=1.0, rate=1e-2, warm_up=0, max_norm=1.0)
-    report = train_policy(
-        model, rule, batches(tokenizer, 8), config, updates=14, on_update=lambda n, _: told.append(n)
-    )
+    report = train_policy(model, rule, batches(tokenizer, 8), config, updates=14, on_update=lambda n, _: told.append(n))
     assert told == list(range(1, 15))
     assert len(report.rewards) == len(report.right) == len(report.passes) == 14
     assert sum(report.passes[-4:]) < 0.8 * sum(report.passes[:4])
@@ -587,6 +595,6 @@ def test_bad_settings_are_refused(mixed: Any) -> None:
     for settings in ({"width": 18}, {"heads": 0}, {"time_width": 3}, {"period": 0.5}, {"start": math.nan}):
         with pytest.raises(LimitError, match=next(iter(settings))):
             PolicyConfig(**settings)
+    rule = UnmaskingPolicy(a_network(), temperature=0.0)
     with pytest.raises(LimitError, match="temperature"):
-        rule = UnmaskingPolicy(a_network(), temperature=0.0)
         train_policy(model, rule, batches(tokenizer, 2), GRPOConfig(max_new_tokens=ROOM), updates=1)

@@ -7,7 +7,15 @@ from tokenmill.corpora._digit_scenes import COLOURS, Picture, Question, Thing, d
 from tokenmill.corpora._digit_scenes import KINDS as SCENE_KINDS
 from tokenmill.corpora._digit_scenes import LICENCE as DIGITS_LICENCE
 from tokenmill.corpora._digit_scenes import MOST as MOST_DIGITS
-from tokenmill.corpora._exercises import EXERCISE_TASKS, Exercise, ExerciseTask, Gap, answer_text, exercises, python_gaps
+from tokenmill.corpora._exercises import (
+    EXERCISE_TASKS,
+    Exercise,
+    ExerciseTask,
+    Gap,
+    answer_text,
+    exercises,
+    python_gaps,
+)
 from tokenmill.corpora._exercises import LETTERS as EXERCISE_LETTERS
 from tokenmill.corpora._exercises import WINDOW as PYTHON_WINDOW
 from tokenmill.corpora._page_scenes import KINDS as PAGE_KINDS

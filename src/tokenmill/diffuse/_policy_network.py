@@ -189,10 +189,7 @@ def policy_inputs(proposal: Proposal, config: PolicyConfig) -> tuple[Tensor, Ten
         offset = torch.arange(min(canvas.block_length, length), device=canvas.x.device)
         start = canvas.start.clamp_min(canvas.prompt)[:, None] + offset
         start = torch.where(start < canvas.stop[:, None], start, canvas.size)
-    if config.confidences == 1:
-        confidence = canvas.confidence[..., None]
-    else:
-        confidence = proposal.top(config.confidences)
+    confidence = canvas.confidence[..., None] if config.confidences == 1 else proposal.top(config.confidences)
     wide = F.pad(confidence, (0, 0, 0, 1))  # one more place, which stands for nothing
     masks = (canvas.x == canvas.mask_id) & canvas.real  # those of blocks that were given up as well
     masked = F.pad(masks, (0, 1)).gather(1, start)

@@ -273,7 +273,9 @@ def _together(found: list[tuple[int, Rollouts]], prompts: int) -> Rollouts:
         for times, one in found:
             value = getattr(one, name)
             if name in ("masked", "eligible", "confidence", "time", "rank"):
-                more = value.new_full((len(value), most - value.shape[1], *value.shape[2:]), -1 if name == "rank" else 0)
+                more = value.new_full(
+                    (len(value), most - value.shape[1], *value.shape[2:]), -1 if name == "rank" else 0
+                )
                 value = torch.cat([value, more], 1)
             parts.append(value.view(prompts, times, *value.shape[1:]))
         return torch.cat(parts, 1).flatten(0, 1)

@@ -143,7 +143,9 @@ class Learn2PD(RevealRule):
             mend = f"Pass block_length={own} to Diffusion, or train a filter for {canvas.block_length}."
             raise LimitError("Learn2PD", "block_length", canvas.block_length, f"{own}, the filter's", mend)
         if self.predict_eot and not len(canvas.eot_ids):
-            raise LimitError("Learn2PD", "eot_id", None, "given, to predict the end of text", "Pass eot_id to Diffusion.")
+            raise LimitError(
+                "Learn2PD", "eot_id", None, "given, to predict the end of text", "Pass eot_id to Diffusion."
+            )
         return self
 
     def reveal(self, proposal: Proposal) -> Reveal:
