@@ -683,7 +683,8 @@ def recall_models() -> str:
     cards = []
     for name in ("recall", "recall-dsa"):
         path = ROOT / "src" / "tokenmill" / "assets" / name / "card.json"
-        cards.append(json.loads(path.read_text(encoding="utf-8")))
+        if path.is_file():
+            cards.append(json.loads(path.read_text(encoding="utf-8")))
     lengths = list(cards[0]["held_out_accuracy"]["single"])
     rows = []
     for card in cards:

@@ -3,8 +3,8 @@
 Made from a seed. A prompt belongs to one of three splits by a hash of its text, so that no prompt of one split is ever
 asked in another. ``mixed`` has short answers: sums, strings to reverse, and sets of letters that may be named in any
 order, for which a model that writes several tokens at once has to be careful. ``long`` has answers of varied length up
-to 124 characters: numbers counted up or down, and letters spelled out as words. ``hard`` has answers whose parts differ in difficulty:
-running totals of a sum of many terms, and 4 x 4 Sudoku.
+to 124 characters: numbers counted up or down, and letters spelled out as words. ``hard`` has answers whose parts differ
+in difficulty: running totals of a sum of many terms, and 4 x 4 Sudoku.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from tokenmill.errors import LimitError, unknown_name
 
 SPLITS = ("train", "validation", "test")
 LETTERS = "abcdefghijklmnop"
-WORDS = tuple(
-    "alfa bravo charlie delta echo foxtrot golf hotel india juliett kilo lima mike november oscar papa".split()
+WORDS = (
+    *("alfa", "bravo", "charlie", "delta", "echo", "foxtrot", "golf", "hotel"),
+    *("india", "juliett", "kilo", "lima", "mike", "november", "oscar", "papa"),
 )
 WINDOW = 128  # characters of Python source around a gap, gap included
 GAP = (4, 8)  # least and most characters of a gap
