@@ -107,7 +107,7 @@ def test_prompts_of_ones_own(tmp_path: Path) -> None:
 def test_bad_specs_are_refused_before_anything_is_loaded() -> None:
     task = Task(Options())
     good = task.check(MethodSpec.parse("threshold:tau=0.5:cache=dual:block=4"))
-    assert good.params == {"tau": 0.5, "cache": "dual", "block": "4"}
+    assert good.params == {"tau": 0.5, "cache": "dual", "block": 4}
     for text, match in {
         "threshold:tau=nan": "tau",
         "quota:n=0": "n = 0",

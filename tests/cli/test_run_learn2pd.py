@@ -53,7 +53,7 @@ def test_data_instead_of_a_picture(policy: str) -> None:
     assert sum(told["plain"]["revealed"]) == 12
     drawn = json.loads(run(policies, "--seed", "3", "--cache", "prefix", "--policy", policy, "--json").output)
     assert drawn["prompt"]
-    assert drawn["method"]["passes"] < 12
+    assert 1 < drawn["method"]["passes"] <= 12
 
 
 def test_what_cannot_work_is_refused() -> None:
