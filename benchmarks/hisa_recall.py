@@ -62,9 +62,10 @@ def swapped(model: Any, size: int) -> ExitStack:
 def everything(model: Any) -> ExitStack:
     """Dense attention: indexers that choose every key."""
     undo = ExitStack()
-    for _, indexer in index_layers("hisa_recall", model):
+    indexers: list[Any] = [indexer for _, indexer in index_layers("hisa_recall", model)]
+    for indexer in indexers:
         undo.callback(setattr, indexer, "index_topk", indexer.index_topk)
-        indexer.index_topk = 1 << 20  # pyright: ignore[reportAttributeAccessIssue]
+        indexer.index_topk = 1 << 20
     return undo
 
 

@@ -109,6 +109,7 @@ def build_tokenizer(task: str) -> PreTrainedTokenizerFast:
 
 
 def build_model(shape: Shape, words: int, *, causal: bool) -> LlamaForCausalLM:
+    flags: dict[str, Any] = {"is_causal": causal, "mask_token_id": MASK}  # kept by the config, read by attention
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=words,
@@ -122,11 +123,10 @@ def build_model(shape: Shape, words: int, *, causal: bool) -> LlamaForCausalLM:
             initializer_range=0.08,
             tie_word_embeddings=False,
             rope_parameters={"rope_type": "default", "rope_theta": shape.theta},
-            is_causal=causal,
             bos_token_id=None,
             eos_token_id=EOT,
             pad_token_id=PAD,
-            mask_token_id=MASK,
+            **flags,
         )
     )
 

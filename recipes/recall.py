@@ -180,6 +180,12 @@ def batch(seed: int, rows: int, length: int, names: range, hops: int) -> tuple[T
     return torch.tensor([row.ids for row in made]), torch.tensor(before), torch.tensor(answers)
 
 
+def _embedding(model: PreTrainedModel) -> nn.Parameter:
+    """Weights of the input embedding (V, D)."""
+    found: Any = model.get_input_embeddings()
+    return found.weight
+
+
 def build_model(arch: str) -> PreTrainedModel:
     shared: dict[str, Any] = {
         "vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": HIDDEN, "num_attention_heads": 2,
@@ -196,7 +202,7 @@ def build_model(arch: str) -> PreTrainedModel:
             qk_nope_head_dim=64, v_head_dim=64, index_n_heads=4, index_head_dim=64, index_topk=32, **shared,
         )  # fmt: skip
         model = DeepseekV32ForCausalLM(config)
-    nn.init.normal_(model.get_input_embeddings().weight, std=HIDDEN**-0.5)
+    nn.init.normal_(_embedding(model), std=HIDDEN**-0.5)
     with torch.no_grad():
         (_start_full if arch == "full" else _start_dsa)(model)
     return model
@@ -272,7 +278,8 @@ class Trainee(nn.Module):
         stage = self.stage(done)
         for key, parameter in self.named_parameters():
             parameter.requires_grad_((".indexer." in key) == (stage == "index"))
-        for indexer in self.indexers:  # attention stays dense in training
+        indexers: Any = self.indexers
+        for indexer in indexers:  # attention stays dense in training
             indexer.index_topk = LONGEST
         return stage
 
@@ -300,7 +307,7 @@ class Trainee(nn.Module):
         answers = answers[torch.randperm(len(answers), generator=g)[:PROBED]]
         inner = self.model.model
         states = inner(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
-        weight = self.model.get_input_embeddings().weight
+        weight = _embedding(self.model)
         words = torch.cat([weight[:FIRST], weight[names.start : names.stop]])
         before[:, 1:] -= torch.where(before[:, 1:] < FIRST, 0, names.start - FIRST)
         answers[:, 1:] -= torch.where(answers[:, 1:] < FIRST, 0, names.start - FIRST)
@@ -322,7 +329,8 @@ def divergence(model: PreTrainedModel, ids: Tensor) -> Tensor:
         del module
         seen.append((arguments[0] if arguments else named["hidden_states"], *named["position_embeddings"], output[1]))
 
-    layers, before = index_layers("recall", model), model.config._attn_implementation
+    layers = index_layers("recall", model)
+    before: Any = model.config._attn_implementation
     handles = [attention.register_forward_hook(note, with_kwargs=True) for attention, _ in layers]
     try:
         model.set_attn_implementation("eager")
@@ -334,7 +342,8 @@ def divergence(model: PreTrainedModel, ids: Tensor) -> Tensor:
             handle.remove()
     losses = []
     future = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).triu(1)
-    for (attention, indexer), (hidden, cos, sin, weights) in zip(layers, seen, strict=True):
+    given: Any = layers
+    for (attention, indexer), (hidden, cos, sin, weights) in zip(given, seen, strict=True):
         target = weights.float().mean(1)  # (B, T, T), a sum over heads that is normalised
         with torch.no_grad():
             resid = attention.q_a_layernorm(attention.q_a_proj(hidden))
@@ -373,7 +382,9 @@ def train(arch: str, *, seconds: float, steps: int | None, seed: int, state: Pat
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if done < FIXED and trainee.stage(done) == "dense":
-            trainee.model.get_input_embeddings().weight.grad[FIRST:] = 0.0
+            grad = _embedding(trainee.model).grad
+            assert grad is not None  # backward has just written it
+            grad[FIRST:] = 0.0
         torch.nn.utils.clip_grad_norm_(trainee.parameters(), 1.0)
         optimizer.step()
         step += 1
@@ -397,7 +408,7 @@ def examples(task: str, tokens: int, count: int, seed: int, **params: Any) -> li
     pairs = (tokens - 9) // 3
     found = []
     for at in range(count):
-        more = {"depth": 100 * at / max(count - 1, 1)} if task == "single" else params
+        more: dict[str, Any] = {"depth": 100 * at / max(count - 1, 1)} if task == "single" else params
         found.append(generate(task, n_pairs=pairs, seed=1_000_000 + seed + at, keys="name", **more))
     return found
 

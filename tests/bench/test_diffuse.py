@@ -122,7 +122,8 @@ def test_bad_specs_are_refused_before_anything_is_loaded() -> None:
         task.check(MethodSpec.parse("fasa"))
     with pytest.raises(LimitError, match="filter"):
         Task(Options(model="diffusion-mixed-guide-weak", data="mixed")).check(MethodSpec.parse("learn2pd"))
-    for settings in ({"limit": 0}, {"rows": 0}, {"block": -1}, {"new_tokens": 0}):
+    wrong: tuple[dict[str, Any], ...] = ({"limit": 0}, {"rows": 0}, {"block": -1}, {"new_tokens": 0})
+    for settings in wrong:
         with pytest.raises(LimitError, match=next(iter(settings))):
             Options(**settings)
     with pytest.raises(LimitError, match="data"):

@@ -404,13 +404,14 @@ def test_what_cannot_be_trained_is_refused_or_told() -> None:
 def test_bad_settings_are_refused(mixed: Any) -> None:
     model, tokenizer = mixed
     _, inputs = prompts(tokenizer, 1)
-    for settings in (
+    wrong: tuple[dict[str, Any], ...] = (
         {"threshold": -1.0},
         {"threshold": float("nan")},
         {"eot_min_confidence": 2.0},
         {"eot_scope": "text"},
         {"min_reveal": -1},
-    ):
+    )
+    for settings in wrong:
         with pytest.raises(LimitError, match=next(iter(settings))):
             Learn2PD(None, **settings)
     with pytest.raises(LimitError, match="temperature"):

@@ -586,13 +586,28 @@ def test_the_steps_of_a_batch_start_from_ratios_of_one(mixed: Any, monkeypatch: 
 
 def test_bad_settings_are_refused(mixed: Any) -> None:
     model, tokenizer = mixed
-    for settings in ({"sampling": "greedy"}, {"temperature": -1.0}, {"stop": math.nan}):
+    rules: tuple[dict[str, Any], ...] = ({"sampling": "greedy"}, {"temperature": -1.0}, {"stop": math.nan})
+    for settings in rules:
         with pytest.raises(LimitError, match=next(iter(settings))):
             UnmaskingPolicy(a_network(), **settings)
-    for settings in ({"group": 1}, {"alpha": -0.1}, {"block_length": 13}, {"passes": 0}, {"rate": math.inf}):
+    trainings: tuple[dict[str, Any], ...] = (
+        {"group": 1},
+        {"alpha": -0.1},
+        {"block_length": 13},
+        {"passes": 0},
+        {"rate": math.inf},
+    )
+    for settings in trainings:
         with pytest.raises(LimitError, match=next(iter(settings))):
-            GRPOConfig(**{"max_new_tokens": 12} | settings)
-    for settings in ({"width": 18}, {"heads": 0}, {"time_width": 3}, {"period": 0.5}, {"start": math.nan}):
+            GRPOConfig(**{**settings, "max_new_tokens": 12})
+    networks: tuple[dict[str, Any], ...] = (
+        {"width": 18},
+        {"heads": 0},
+        {"time_width": 3},
+        {"period": 0.5},
+        {"start": math.nan},
+    )
+    for settings in networks:
         with pytest.raises(LimitError, match=next(iter(settings))):
             PolicyConfig(**settings)
     rule = UnmaskingPolicy(a_network(), temperature=0.0)

@@ -126,7 +126,8 @@ def test_models_that_unmask_reach_what_their_cards_say(name: str, load_recipe: C
     if name in DIFFUSION:
         assert model.config.is_causal is False
         assert tokenizer.mask_token_id == model.config.mask_token_id
-        assert len({tokenizer.mask_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}) == 3
+        ids: Any = (tokenizer.mask_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        assert len(set(ids)) == 3
 
 
 def test_the_model_of_python_fills_gaps(load_recipe: Callable[[str], ModuleType]) -> None:

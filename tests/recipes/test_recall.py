@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def test_a_few_steps_give_a_model_that_loads_and_answers(arch: str, tmp_path: Pa
 
 
 def test_a_prompt_of_the_probe_is_what_training_writes() -> None:
-    tokenizer = recall.build_tokenizer()
+    tokenizer: Any = recall.build_tokenizer()
     for task, word, steps in (("single", recall.VALUE, 1), ("threading", recall.FINAL, 3)):
         more = {} if task == "single" else {"thread_length": steps}
         example = generate(task, n_pairs=6, seed=5, keys="name", **more)
@@ -104,13 +105,14 @@ def test_an_indexer_that_ranks_as_attention_does_diverges_least() -> None:
     torch.manual_seed(0)
     model = recall.build_model("dsa").eval()
     ids, _, _ = recall.batch(0, 1, 64, range(recall.FIRST, recall.FIRST + 100), 1)
-    for attention, indexer in recall.index_layers("test", model):
+    layers: Any = recall.index_layers("test", model)
+    for attention, indexer in layers:
         indexer.index_topk = 64  # all
         torch.nn.init.zeros_(indexer.weights_proj.weight)
         torch.nn.init.zeros_(attention.q_b_proj.weight)
     flat = recall.divergence(model, ids)  # both are uniform over the past
     assert float(flat.detach()) == pytest.approx(0.0, abs=1e-5)
-    (_, indexer), *_ = recall.index_layers("test", model)
+    (_, indexer), *_ = layers
     torch.nn.init.normal_(indexer.weights_proj.weight, std=1.0)
     assert float(recall.divergence(model, ids).detach()) > 0.01
 
