@@ -17,7 +17,7 @@ for line in sys.stdin: print(json.dumps({k: v for k, v in json.loads(line).items
     <"runs/$1/results.jsonl" >>"$RESULTS/$1.jsonl"
 }
 
-for part in ${*:-profile speed accepted spectr exactness toy constrain peer bytes complete ensemble tokenize transplant guard stochastok lm vocabulary supertokens guard-speed shorten words large vqa prune-speed hisa-speed needle-tokens long-context attention-mass attend-speed kvpress recall-beyond hisa-recall token-sparsity diffuse}; do
+for part in ${*:-profile speed accepted spectr exactness toy constrain peer bytes complete ensemble tokenize transplant guard stochastok lm vocabulary supertokens guard-speed shorten words large vqa prune-speed hisa-speed needle-tokens long-context attention-mass attend-speed kvpress recall-beyond hisa-recall token-sparsity diffuse guided frozen composed diffusion-speed}; do
   case $part in
   profile) python benchmarks/forward_cost.py ;;
   speed)
@@ -177,11 +177,43 @@ for part in ${*:-profile speed accepted spectr exactness toy constrain peer byte
     done
     keep_means diffuse
     ;;
+  guided) # the kind of exercise with several right answers; `diffuse` has chosen the thresholds
+    guided() { tokenmill bench diffuse --model diffusion-mixed --block 0 --kinds permutation "$@" --out runs/guided; }
+    rules=threshold:tau=0.5
+    for tau in 0.6 0.7 0.8 0.9 0.95 0.99; do rules=$rules,threshold:tau=$tau; done
+    judge=freecache-guided-diffusion
+    guided --split validation --limit 500 --rows 125 --methods $rules
+    for seed in 0 1 2; do
+      guided --limit 500 --rows 125 --seed $seed --methods $rules
+      for guide in small weak medium strong; do
+        guided --limit 500 --rows 125 --seed $seed --guide diffusion-mixed-guide-$guide \
+          --methods $judge,$judge:acceptance=topk_relative,$judge:acceptance=threshold
+      done
+    done
+    keep_means guided
+    ;;
+  frozen) # one token a pass: what windows and frozen prefixes feed, and what they cost in accuracy
+    window=window-diffusion:external_window=32:internal_window=16:refresh_cycle=16
+    few=window-diffusion:external_window=24:internal_window=8:refresh_cycle=16
+    for seed in 0 1 2; do
+      tokenmill bench diffuse --model diffusion-long --limit 250 --seed $seed --out runs/frozen \
+        --methods plain:cache=free,plain:cache=sliding,plain:cache=prefix,plain:cache=dual,$window,$few
+    done
+    keep_means frozen
+    ;;
+  composed) # rules and caches together, against the plain sampler; timed, so on an idle machine
+    for rows in 1 25; do
+      tokenmill bench diffuse --model diffusion-long --limit 50 --rows $rows --repeats 3 --out runs/composed \
+        --methods $(python benchmarks/diffuse_chosen.py diffusion-long --compose none,prefix,dual,free)
+    done
+    keep_means composed
+    ;;
+  diffusion-speed) python benchmarks/diffusion_speed.py ;;
   recall-beyond) python benchmarks/recall_beyond.py ;;
   hisa-recall) python benchmarks/hisa_recall.py ;;
   token-sparsity) python benchmarks/token_sparsity.py ;;
   *)
-    echo "unknown part $part: profile, speed, accepted, spectr, exactness, toy, constrain, peer, bytes, complete, ensemble, tokenize, transplant, guard, stochastok, lm, vocabulary, supertokens, guard-speed, shorten, words, large, vqa, prune-speed, hisa-speed, needle-tokens, long-context, attention-mass, attend-speed, kvpress, recall-beyond, hisa-recall, token-sparsity, diffuse" >&2
+    echo "unknown part $part: profile, speed, accepted, spectr, exactness, toy, constrain, peer, bytes, complete, ensemble, tokenize, transplant, guard, stochastok, lm, vocabulary, supertokens, guard-speed, shorten, words, large, vqa, prune-speed, hisa-speed, needle-tokens, long-context, attention-mass, attend-speed, kvpress, recall-beyond, hisa-recall, token-sparsity, diffuse, guided, frozen, composed, diffusion-speed" >&2
     exit 2
     ;;
   esac

@@ -906,6 +906,100 @@ def unmasking_policies() -> str:
     return "\n".join(filter(None, (_rules(model, 0) for model in ("diffusion-mixed", "diffusion-hard"))))
 
 
+def _by_spec(found: list[Line], *settings: str) -> dict[str, list[Line]]:
+    """label, and the settings that are named -> lines of all kinds and seeds."""
+    out: dict[str, list[Line]] = {}
+    for line in found:
+        more = [str(line["settings"][name]) for name in settings if line["settings"][name] is not None]
+        out.setdefault(" ".join([f"`{label(line)}`", *more]), []).append(line)
+    return out
+
+
+def guided() -> str:
+    """Guides of several strengths beside the best threshold, on the task with several right answers."""
+    given = lines("guided")
+    if not given:
+        return ""
+    tried = _by_spec([line for line in given if line["settings"]["split"] == "validation"])
+    least = _over(tried["`plain`"], "quality", "accuracy") - 0.01
+    good = {name: part for name, part in tried.items() if _over(part, "quality", "accuracy") >= least}
+    best = min(good, key=lambda name: _over(good[name], "cost", "passes"))
+    test = _by_spec([line for line in given if line["settings"]["split"] == "test"], "guide")
+    rows, reference = [], _over(test[best], "cost", "passes")
+    for name, part in test.items():
+        if name.startswith("`threshold") and name != best:
+            continue
+        if name.startswith("`plain`") and name != "`plain`":
+            continue  # measured again with every guide
+        passes, flops = (_over(part, "cost", cost) for cost in ("passes", "flops"))
+        row = [name.replace("diffusion-mixed-guide-", "guide "), f"{_over(part, 'quality', 'accuracy'):.1%}"]
+        row += [f"{passes:.2f}", f"{1 - passes / reference:+.0%}", f"{_over(part, 'cost', 'guide_calls'):.2f}"]
+        rows.append([*row, f"{flops / 1e6:,.1f}"])
+    head = ["rule", "accuracy", "passes", "fewer than the threshold", "passes of the guide", "million operations"]
+    return table(head, rows) + provenance(given)
+
+
+def frozen() -> str:
+    """What windows and frozen prefixes feed, one token a pass."""
+    given = lines("frozen")
+    parts = _by_spec(given)
+    rows = []
+    for name, part in parts.items():
+        fed = _over(part, "cost", "positions")
+        fewer = _over(parts["`plain`"], "cost", "positions") / fed
+        row = [name, f"{_over(part, 'quality', 'accuracy'):.1%}", f"{_over(part, 'cost', 'passes'):.1f}", f"{fed:,.0f}"]
+        rows.append([*row, f"{fewer:.1f}x", f"{_over(part, 'quality', 'same'):.1%}"])
+    head = ["policy", "accuracy", "passes", "places fed", "fewer", "same text as without a cache"]
+    return table(head, rows) + provenance(given)
+
+
+def composed() -> str:
+    """Filters, end-of-text prediction and caches together, in time."""
+    given = lines("composed")
+    rows = []
+    for name, part in _by_spec(given, "rows").items():
+        faster = sum(1 / line["ratio"]["ms_p50"][0] for line in part) / len(part)
+        row = [name.rsplit(" ", 1)[0], name.rsplit(" ", 1)[1], f"{_over(part, 'quality', 'accuracy'):.1%}"]
+        rows.append(
+            [*row, f"{_over(part, 'cost', 'passes'):.2f}", f"{_over(part, 'cost', 'positions'):,.0f}", f"{faster:.1f}x"]
+        )
+    head = ["rule and cache", "rows", "accuracy", "passes", "places fed", "faster"]
+    return table(head, rows) + provenance(given)
+
+
+def diffusion_passes() -> str:
+    """Milliseconds of a pass with windows, by length."""
+    found = [line for line in lines("diffusion-speed") if line["method"] == "window-diffusion"]
+    rows = []
+    for line in found:
+        if line["what"] == "pass":
+            cells = [f"{ms:.0f} ({line['positions'][size]:,.0f})" for size, ms in line["ms"].items()]
+            rows.append([line["way"], *cells, f"{line['longest_to_shortest']:.2f}x"])
+    whole = [
+        [f"{x['size']:,}", f"{x['ms']:.0f}", f"{x['full_ms']:.0f}", f"{x['faster']:.1f}x"]
+        for x in found
+        if x["what"] == "whole answer"
+    ]
+    sizes = [f"{int(size):,} places: ms a pass (fed)" for x in found[:1] for size in x["ms"]]
+    first = table(["refreshes", *sizes, "longest to shortest"], rows)
+    return (
+        first
+        + "\n"
+        + table(["whole answer of", "ms a pass", "everything, ms a pass", "faster"], whole)
+        + provenance(found)
+    )
+
+
+def diffusion_prefixes() -> str:
+    """Milliseconds of a pass with frozen prefixes at a long prompt."""
+    found = [line for line in lines("diffusion-speed") if line["what"] == "prefix"]
+    rows = [
+        [x["cache"], f"{x['ms']:.0f}", f"{x['positions']:,.0f}", f"{x['faster']:.1f}x", f"{x['worst']:.1f}x"]
+        for x in found
+    ]
+    return table(["cache", "ms a pass", "places a pass", "faster", "slowest repeat"], rows) + provenance(found)
+
+
 def diffusion_models() -> str:
     """What the recipe of the masked diffusion models and of their guides took and reached, from the assets' cards."""
     rows = []
@@ -944,7 +1038,16 @@ _ATTEND = (
     hisa_recall,
     token_sparsity,
 )
-_DIFFUSE = (learn2pd, unmasking_policies, diffusion_models)
+_DIFFUSE = (
+    learn2pd,
+    unmasking_policies,
+    diffusion_models,
+    guided,
+    frozen,
+    composed,
+    diffusion_passes,
+    diffusion_prefixes,
+)
 _PRUNE = (
     vqa_llava,
     vqa_qwen,

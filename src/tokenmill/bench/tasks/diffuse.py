@@ -2,7 +2,8 @@
 
 The exercises of an embedded model (or your own prompts with answers) are decoded in batches, each method on the same
 ones. `plain` reveals the most confident token of each pass and caches nothing. A spec takes two settings besides its
-method's own: ``cache`` (``none``, ``prefix``, ``dual``, ``delayed``, ``free``, ``window``) and ``block``, so that every
+method's own: ``cache`` (``none``, ``prefix``, ``dual``, ``delayed``, ``free``,
+``sliding``, ``window``) and ``block``, so that every
 rule can be measured with every cache: ``threshold:tau=0.9:cache=dual``. Filters and policies that were trained for a
 model are found among the assets.
 """
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from tokenmill.corpora import Exercise
 
 _WHERE = "bench diffuse"
-CACHES = ("none", "prefix", "dual", "delayed", "free", "window")
+CACHES = ("none", "prefix", "dual", "delayed", "free", "sliding", "window")
 _MODEL = "diffusion-"  # names of the embedded models start so
 
 
@@ -438,6 +439,8 @@ def cache_of(name: str) -> Any:
             return diffuse.DelayedCache()
         case "free":
             return diffuse.FreeCache(block_size=16)
+        case "sliding":
+            return diffuse.FreeCache(policy="sliding", window=16)
         case "window":
             return diffuse.WindowCache(external=32, internal=8, refresh=8)
         case _:
