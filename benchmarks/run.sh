@@ -142,7 +142,7 @@ for part in ${*:-profile speed accepted spectr exactness toy constrain peer byte
   prune-speed) python benchmarks/prune_speed.py ;;
   hisa-speed) python benchmarks/hisa_speed.py ;;
   kvpress) python benchmarks/peers/compare_kvpress.py ;; # `make peers` first
-  attention-mass) python benchmarks/attention_mass.py --threads 1 ;;
+  attention-mass) python benchmarks/attention_mass.py ;;
   attend-speed) python benchmarks/attend_speed.py ;;
   needle-tokens) python benchmarks/needle_tokens.py ;;
   long-context)

@@ -10,7 +10,8 @@ import pytest
 
 from tokenmill import bench, catalog, laws
 from tokenmill.bench.task import MethodSpec, Outcome
-from tokenmill.bench.tasks.diffuse import CACHES, Options, Task, cache_of
+from tokenmill.bench.tasks._unmasking import cache_of
+from tokenmill.bench.tasks.diffuse import CACHES, Options, Task
 from tokenmill.diffuse.unmasking_policies import PolicyConfig, PolicyNetwork
 from tokenmill.errors import LimitError, UnsupportedError
 

@@ -85,7 +85,8 @@ def trained(where: str, model: str, what: str, given: Path | None) -> Path:
 def run(asked: Asked, rule: RevealRule) -> None:
     """Decode with the rule, shown as it goes, then one token a pass, and compare."""
     from tokenmill import diffuse
-    from tokenmill.bench.tasks.diffuse import CACHES, cache_of
+    from tokenmill.bench.tasks._unmasking import cache_of
+    from tokenmill.bench.tasks.diffuse import CACHES
     from tokenmill.errors import unknown_name
 
     if asked.cache not in CACHES:

@@ -2,16 +2,13 @@
 
 The exercises of an embedded model (or your own prompts with answers) are decoded in batches, each method on the same
 ones. `plain` reveals the most confident token of each pass and caches nothing. A spec takes two settings besides its
-method's own: ``cache`` (``none``, ``prefix``, ``dual``, ``delayed``, ``free``,
-``sliding``, ``window``) and ``block``, so that every
-rule can be measured with every cache: ``threshold:tau=0.9:cache=dual``. Filters and policies that were trained for a
-model are found among the assets.
+method's own: ``cache`` (one of `CACHES`) and ``block``, so that every rule can be measured with every cache:
+``threshold:tau=0.9:cache=dual``. Filters and policies that were trained for a model are found among the assets.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,13 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tokenmill import catalog
-from tokenmill.bench.task import Item, MethodSpec, Metric, NoSettings, Outcome, Scalar, held_weights, read_spec
+from tokenmill.bench.task import Item, MethodSpec, Metric, Outcome, Scalar, held_weights, read_spec
+from tokenmill.bench.tasks._unmasking import SETTINGS, WHERE, Filling, GapExercise, cache_of, read_prompts, rule
 from tokenmill.errors import LimitError, unknown_name
 
 if TYPE_CHECKING:
     from tokenmill.corpora import Exercise
 
-_WHERE = "bench diffuse"
 CACHES = ("none", "prefix", "dual", "delayed", "free", "sliding", "window")
 _MODEL = "diffusion-"  # names of the embedded models start so
 
@@ -72,73 +69,17 @@ class Options:
     def __post_init__(self) -> None:
         for name, least in (("limit", 1), ("rows", 1), ("repeats", 1)):
             if getattr(self, name) < least:
-                raise LimitError(_WHERE, name, getattr(self, name), f"at least {least}")
+                raise LimitError(WHERE, name, getattr(self, name), f"at least {least}")
         for name, least in (("block", 0), ("new_tokens", 1)):
             if getattr(self, name) is not None and getattr(self, name) < least:
-                raise LimitError(_WHERE, name, getattr(self, name), f"at least {least}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Count:
-    """Settings of rules that reveal a fixed number of places.
-
-    Attributes:
-        n: places of a pass.
-    """
-
-    n: int = 1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Confidence:
-    """Settings of the threshold.
-
-    Attributes:
-        tau: least confidence; above 1 one place a pass.
-    """
-
-    tau: float = 0.9
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Joint:
-    """Settings of the factor.
-
-    Attributes:
-        f: larger reveals more.
-    """
-
-    f: float = 1.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Nats:
-    """Settings of the entropy bound.
-
-    Attributes:
-        gamma: sum of entropies in front of the last place.
-    """
-
-    gamma: float = 0.1
-
-
-_BASELINES: dict[str, Any] = {
-    "plain": NoSettings,
-    "quota": Count,
-    "random": Count,
-    "entropy": Count,
-    "margin": Count,
-    "threshold": Confidence,
-    "factor": Joint,
-    "entropy-bound": Nats,
-}
+                raise LimitError(WHERE, name, getattr(self, name), f"at least {least}")
 
 
 class Task:
     """Exercises in front of a masked diffusion model. Model and data are read when they are first needed."""
 
     name = "diffuse"
-    BASELINES = tuple(_BASELINES)
+    BASELINES = tuple(SETTINGS)
     METRICS: Mapping[str, Metric] = {
         "accuracy": Metric("right answers", "higher"),
         "same": Metric("the answer of one-token decoding", "higher"),
@@ -149,7 +90,7 @@ class Task:
         self.options = options
         known = self._known
         if known is None and not Path(self._data).suffix:
-            raise unknown_name(_WHERE, "data", self._data, [*self._exercise_tasks, "gaps"])
+            raise unknown_name(WHERE, "data", self._data, [*self._exercise_tasks, "gaps"])
 
     def model_name(self) -> str:
         return self.options.model
@@ -166,7 +107,7 @@ class Task:
         wanted = self.options.kinds.split(",") if self.options.kinds else None
         for name in wanted or ():
             if name not in self._kinds:
-                raise unknown_name(_WHERE, "kinds", name, self._kinds)
+                raise unknown_name(WHERE, "kinds", name, self._kinds)
         return wanted or self._kinds
 
     def data(self, kind: str, /) -> dict[str, str]:
@@ -191,7 +132,7 @@ class Task:
             UnsupportedError: a method of another task.
         """
         own, shared = _parted(spec)
-        params, card = read_spec(self.name, _BASELINES, own)
+        params, card = read_spec(self.name, SETTINGS, own)
         cache_of(shared["cache"])
         if card is None:
             rule(MethodSpec(spec.slug, params))
@@ -226,7 +167,7 @@ class Task:
                 made = diffuse.UnmaskingPolicy(params.pop("network", None) or self._needed(spec.slug), **params)
             case "freecache-guided-diffusion":
                 made = diffuse.GuidedRule(self._guide, **params)
-            case slug if slug in _BASELINES:
+            case slug if slug in SETTINGS:
                 made = rule(own)
             case slug:
                 made = catalog.method(slug)(**params)
@@ -283,7 +224,7 @@ class Task:
 
     @cached_property
     def _file(self) -> list[Exercise]:
-        return _read(Path(self._data))
+        return read_prompts(Path(self._data))
 
     @property
     def _room(self) -> int:
@@ -313,7 +254,7 @@ class Task:
         folder = ASSETS / (f"{model}-guide-medium" if name == "guide" else f"{model}-{name}")
         if not folder.is_dir():
             mend = f"Give --{name}; recipes/ has the script that trains one."
-            raise LimitError(_WHERE, name, None, f"given, since no {name} of {model} ships", mend)
+            raise LimitError(WHERE, name, None, f"given, since no {name} of {model} ships", mend)
         return str(folder)
 
     @cached_property
@@ -329,90 +270,6 @@ class Task:
         return models.load(self.options.model, dtype=self.options.dtype, attn=self.options.attn)
 
 
-@dataclass(frozen=True, slots=True)
-class GapExercise:
-    """A gap in Python source, in the form of the other exercises; the prompt shows it as one null character."""
-
-    id: str
-    kind: str
-    prompt: str
-    answer: str
-    gap: Any
-
-    def check(self, text: str) -> bool:
-        """Whether the gap is filled."""
-        return self.gap.check(text)
-
-
-@dataclass(slots=True)
-class Filling:
-    """A model with a decoder, and what one batch costs; counts are means over its prompts."""
-
-    model: Any
-    tokenizer: Any
-    decoder: Any
-    room: int
-    infill: bool
-    seed: int
-
-    def run(self, item: Item) -> Outcome:
-        """Decode one batch."""
-        import torch
-
-        from tokenmill import corpora
-
-        ids, mask = self._inputs(item.content)
-        made = self.decoder(self.seed * 1_000_003 + int(hashlib.sha256(item.id.encode()).hexdigest()[:8], 16))
-        with torch.inference_mode():
-            out = made.generate(self.model, ids, max_new_tokens=self.room, attention_mask=mask)
-        trace, rows = made.trace, len(ids)
-        if self.infill:
-            gaps = [(len(one.gap.before), len(one.gap.gap)) for one in item.content]
-            texts = [self.tokenizer.decode(row[at : at + n]) for row, (at, n) in zip(out, gaps, strict=True)]
-        else:
-            texts = [corpora.answer_text(self.tokenizer, row) for row in out[:, ids.shape[1] :].tolist()]
-        counts = {
-            "passes": sum(trace.row_calls) / rows,
-            "positions": trace.positions / rows,
-            "tokens": trace.tokens / rows,
-            "flops": trace.flops / rows,
-            "guide_calls": trace.guide_calls / rows,
-            "guide_positions": trace.guide_positions / rows,
-        }
-        return Outcome(texts, {name: value for name, value in counts.items() if value or "guide" not in name})
-
-    def _inputs(self, content: tuple[Any, ...]) -> tuple[Any, Any]:
-        """Ids (B, P), and the mask of left padding."""
-        import torch
-
-        if not self.infill:
-            made = self.tokenizer([one.prompt for one in content], padding=True, return_tensors="pt")
-            return made["input_ids"].to(self.model.device), made["attention_mask"].to(self.model.device)
-        ids = torch.tensor([self.tokenizer(one.gap.text)["input_ids"] for one in content], device=self.model.device)
-        for row, one in zip(ids, content, strict=True):
-            start = len(one.gap.before)
-            row[start : start + len(one.gap.gap)] = self.tokenizer.mask_token_id
-        return ids, torch.ones_like(ids)
-
-
-def rule(spec: MethodSpec) -> Any:
-    """The rule of a baseline."""
-    from tokenmill import diffuse
-
-    params: dict[str, Any] = dict(spec.params)
-    made: dict[str, Any] = {
-        "plain": diffuse.Quota,
-        "quota": diffuse.Quota,
-        "random": diffuse.RandomReveal,
-        "entropy": diffuse.Entropy,
-        "margin": diffuse.Margin,
-        "threshold": diffuse.Threshold,
-        "factor": diffuse.Factor,
-        "entropy-bound": diffuse.EntropyBound,
-    }
-    return made[spec.slug](**params)
-
-
 def _parted(spec: MethodSpec) -> tuple[MethodSpec, dict[str, Any]]:
     """A spec without the settings that every method takes, and those."""
     own = {name: value for name, value in spec.params.items() if name not in ("cache", "block")}
@@ -424,40 +281,3 @@ def _parted(spec: MethodSpec) -> tuple[MethodSpec, dict[str, Any]]:
             raise LimitError(spec.slug, "block", block, "a length, or 0 for the whole answer")
         block = int(block)
     return MethodSpec(spec.slug, own), {"cache": cache, "block": block}
-
-
-def cache_of(name: str) -> Any:
-    """The cache policy of a name, with windows that fit the embedded models; None for none."""
-    from tokenmill import diffuse
-
-    match name:
-        case "prefix":
-            return diffuse.PrefixCache()
-        case "dual":
-            return diffuse.DualCache()
-        case "delayed":
-            return diffuse.DelayedCache()
-        case "free":
-            return diffuse.FreeCache(block_size=16)
-        case "sliding":
-            return diffuse.FreeCache(policy="sliding", window=16)
-        case "window":
-            return diffuse.WindowCache(external=32, internal=8, refresh=8)
-        case _:
-            return None
-
-
-def _read(file: Path) -> list[Exercise]:
-    """Prompts and answers of a file of JSON lines."""
-    from tokenmill.corpora import Exercise
-
-    if not file.is_file():
-        raise LimitError(_WHERE, "data", str(file), "mixed, long, hard, gaps, or a file of JSON lines")
-    found = []
-    for number, line in enumerate(file.read_text().splitlines(), 1):
-        row = json.loads(line)
-        lacking = [name for name in ("prompt", "answer") if not isinstance(row.get(name), str)]
-        if lacking:
-            raise LimitError(_WHERE, f"line {number} of {file.name}", ", ".join(lacking), "given as text")
-        found.append(Exercise(f"line {number}", row.get("kind", "text"), row["prompt"], row["answer"]))
-    return found
