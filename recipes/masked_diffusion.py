@@ -40,6 +40,7 @@ from tokenmill.models._state import load_state, save_state
 PAD, EOT, MASK = 0, 1, 2
 SPECIAL = ("<pad>", "<eot>", "<mask>")
 WARM_UP = 100
+IN_ORDER = 0.75  # of the rows, where there are blocks
 PART = 100  # rows that are measured at once
 HELD_OUT, SLICE = 500, 60  # exercises of each kind that are measured, and those that a test measures again
 
@@ -56,11 +57,12 @@ class Shape:
     rate: float
     steps: int
     theta: float = 10_000.0
+    block: int = 0  # most rows are hidden as decoding by blocks of this length meets them
 
 
 TASKS = {
     "mixed": Shape(hidden=64, layers=3, heads=4, mlp=192, batch=64, rate=2e-3, steps=5_000),
-    "long": Shape(hidden=64, layers=4, heads=4, mlp=192, batch=16, rate=3e-3, steps=5_000),
+    "long": Shape(hidden=64, layers=4, heads=4, mlp=192, batch=24, rate=3e-3, steps=4_000, block=16),
     "hard": Shape(hidden=64, layers=4, heads=4, mlp=192, batch=64, rate=2e-3, steps=6_000),
     "python": Shape(hidden=128, layers=4, heads=4, mlp=384, batch=32, rate=1e-3, steps=1_800),
 }
@@ -182,16 +184,48 @@ def hidden(rows: Rows, generator: torch.Generator) -> Tensor:
     return (keys < share[:, None]).scatter(1, first, True)
 
 
-def loss_of(model: LlamaForCausalLM, rows: Rows, causal: bool, step: int) -> Tensor:
-    """Cross-entropy of the hidden tokens; of every token of the answer for a causal model."""
+def by_blocks(rows: Rows, hide: Tensor, block: int, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """What is hidden when the first ``count`` rows are met as decoding by blocks meets them, and what is asked there.
+
+    A block of each is drawn, up to the one in which the text ends. What stands in front of it is known, what stands
+    behind it is hidden and not asked.
+
+    Args:
+        rows: the batch.
+        hide: (B, L) bool, what is hidden otherwise; inside the drawn block it stays.
+        block: length of a block.
+        count: rows.
+        generator: of the draws.
+    """
+    asked, hide = hide.clone(), hide.clone()
+    place = torch.arange(rows.ids.shape[1])
+    first = rows.answer.int().argmax(1)
+    blocks = (rows.answer & (rows.ids != EOT)).sum(1) // block + 1
+    start = first + block * (torch.rand(len(first), generator=generator) * blocks).long()
+    inside = rows.answer & (place >= start[:, None]) & (place < start[:, None] + block)
+    within = hide & inside
+    within |= inside & ~within.any(1, keepdim=True)  # something has to be asked
+    behind = rows.answer & (place >= start[:, None] + block)
+    hide[:count], asked[:count] = (within | behind)[:count], within[:count]
+    return hide, asked
+
+
+def loss_of(model: LlamaForCausalLM, rows: Rows, causal: bool, step: int, block: int) -> Tensor:
+    """Cross-entropy of what is hidden and asked; of every token of the answer for a causal model."""
     if causal:
         out = model(input_ids=rows.ids, attention_mask=rows.seen.long(), position_ids=rows.positions, use_cache=False)
         wanted = rows.answer[:, 1:]
         return F.cross_entropy(out.logits[:, :-1][wanted], rows.ids[:, 1:][wanted])
-    hide = hidden(rows, torch.Generator().manual_seed(step))
+    generator = torch.Generator().manual_seed(step)
+    hide = hidden(rows, generator)
+    count = int(IN_ORDER * len(rows.ids)) if block else 0
+    hide, asked = by_blocks(rows, hide, block, count, generator) if block else (hide, hide)
     given = rows.ids.masked_fill(hide, MASK)
     out = model(input_ids=given, attention_mask=rows.seen.long(), position_ids=rows.positions, use_cache=False)
-    return F.cross_entropy(out.logits[hide], rows.ids[hide])
+    # Rows by blocks ask for few tokens, and weigh as much as others.
+    parts = [slice(count), slice(count, None)] if count else [slice(None)]
+    losses = [F.cross_entropy(out.logits[part][asked[part]], rows.ids[part][asked[part]]) for part in parts]
+    return torch.stack(losses).mean()
 
 
 def rate_at(step: int, done: float, peak: float) -> float:
@@ -225,7 +259,7 @@ def train(
             break
         for group in optimizer.param_groups:
             group["lr"] = rate_at(step, done, shape.rate)
-        loss = loss_of(model, batch_at(step), causal, plan.seed * 10_000_000 + step)
+        loss = loss_of(model, batch_at(step), causal, plan.seed * 10_000_000 + step, shape.block)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

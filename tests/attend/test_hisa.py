@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import tokenmill as tm
+from tokenmill.attend import _block_attention
 from tokenmill.attend.hisa import HISA, BlockKeys, hisa_select
 from tokenmill.errors import LimitError, UnsupportedError
 
@@ -466,6 +467,40 @@ def test_dot_decodes_from_the_blocks_of_the_cache() -> None:
         want = tiny(ids[:, 32:33], past_key_values=fresh, use_cache=True).logits
     assert torch.allclose(again, want, atol=1e-5)
     assert step.isfinite().all()
+
+
+def test_dot_reads_a_short_row_of_a_batch_as_it_reads_it_alone() -> None:
+    """A row with fewer keys than are chosen has places that name no key; they count for nothing."""
+    tiny = tm.models.tiny("llama")
+    ids = torch.randperm(63, generator=torch.Generator().manual_seed(3))[:40][None] + 1
+    short = torch.cat([ids.new_zeros(1, 36), ids[:, :4]], 1)
+    mask = torch.ones(2, 40, dtype=torch.long)
+    mask[1, :36] = 0
+    how: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "output_logits": True}
+    with torch.no_grad(), tm.attend.HISA(keep=8, block_size=4, top_blocks=2, score_fn="dot").attach(tiny):
+        both = tiny.generate(torch.cat([ids, short]), attention_mask=mask, return_dict_in_generate=True, **how)
+    with torch.no_grad():
+        alone = tiny.generate(ids[:, :4], return_dict_in_generate=True, **how)  # never more than eight keys: dense
+    assert torch.allclose(torch.stack(both.logits)[:, 1], torch.stack(alone.logits)[:, 0], atol=1e-5)
+
+
+def test_dot_pools_the_last_of_several_texts_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts before the last one are read in full, the last one as it is read alone."""
+    monkeypatch.setattr(_block_attention, "_TILE", 10)  # a tile with queries of two texts is read in full
+    tiny = tm.models.tiny("llama")
+    ids = torch.randperm(63, generator=torch.Generator().manual_seed(4))[:50][None] + 1
+    cut = 30
+    own = torch.arange(50) >= cut
+    mask = (own[:, None] == own[None]).tril()[None, None]
+    places = torch.cat([torch.arange(cut), torch.arange(50 - cut)])[None]
+    method = tm.attend.HISA(keep=4, block_size=4, top_blocks=2, score_fn="dot")
+    with torch.no_grad():
+        dense = tiny(ids[:, :cut]).logits
+        with method.attach(tiny):
+            packed = tiny(ids, attention_mask=mask, position_ids=places, use_cache=False).logits
+            alone = tiny(ids[:, cut:], use_cache=False).logits
+    assert torch.allclose(packed[:, :cut], dense, atol=1e-5)
+    assert torch.allclose(packed[:, cut:], alone, atol=1e-5)
 
 
 def test_dot_needs_a_count_and_dsa_has_no_layers() -> None:

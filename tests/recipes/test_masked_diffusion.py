@@ -93,6 +93,31 @@ def test_shares_of_hidden_tokens_are_spread_evenly() -> None:
     assert float((counts > 0.8).float().mean()) > 0.1
 
 
+def test_rows_by_blocks_are_hidden_as_decoding_meets_them() -> None:
+    tokenizer = masked_diffusion.build_tokenizer("long")
+    met: set[int] = set()
+    for step in range(0, 20, 2):
+        rows = masked_diffusion.exercise_rows(tokenizer, "long", 8, step=step, whole=False)
+        generator = torch.Generator().manual_seed(step)
+        before = masked_diffusion.hidden(rows, generator)
+        hide, asked = masked_diffusion.by_blocks(rows, before, 16, 6, generator)
+        assert torch.equal(hide[6:], before[6:])
+        assert torch.equal(asked[6:], before[6:])
+        for at in range(6):
+            begin = int(rows.answer[at].nonzero()[0])
+            text = int((rows.answer[at] & (rows.ids[at] != masked_diffusion.EOT)).sum())
+            places = asked[at].nonzero()[:, 0] - begin
+            block = int(places[0]) // 16
+            met.add(block)
+            assert set((places // 16).tolist()) == {block}
+            assert 16 * block <= text  # the block in which the text ends is the last one
+            assert not hide[at, : begin + 16 * block].any()
+            assert hide[at, begin + 16 * (block + 1) :].all()
+            inside = slice(begin + 16 * block, begin + 16 * (block + 1))
+            assert torch.equal(hide[at, inside], asked[at, inside])
+    assert len(met) > 5
+
+
 @pytest.mark.parametrize("task", ["mixed", "long", "hard"])
 def test_rows_are_prompts_answers_and_a_tail(task: str) -> None:
     tokenizer: Any = masked_diffusion.build_tokenizer(task)

@@ -59,7 +59,6 @@ class BlockAttention(SparseAttention):
         span = reading.span(reading.seen(reading.queries - 1, reading.queries, reading.size))
         pooled = reading.follower("hisa", _Pooled, groups) or _Pooled(groups)
         if span is None:
-            pooled.index = None  # this forward's keys are not pooled
             return reading.dense()
         index = self._pool(pooled, reading.key, span.first.repeat_interleave(groups))
         if reading.size <= self.keep:
@@ -67,7 +66,7 @@ class BlockAttention(SparseAttention):
         heads = reading.query.shape[1]
         # One row for each query head; those of a group look into the same keys.
         rows = torch.arange(batch * heads, device=reading.key.device) // (heads // groups)
-        parts = [self._tile(reading, index, rows, start, stop) for start, stop in reading.chunks(_TILE)]
+        parts = [self._tile(reading, index, rows, span.first, start, stop) for start, stop in reading.chunks(_TILE)]
         return torch.cat(parts, 2).transpose(1, 2).contiguous(), None
 
     def _pool(self, state: _Pooled, key: Tensor, first: Tensor) -> BlockKeys:
@@ -80,13 +79,14 @@ class BlockAttention(SparseAttention):
         state.index = index
         return index
 
-    def _tile(self, reading: Reading, index: BlockKeys, rows: Tensor, start: int, stop: int) -> Tensor:
+    def _tile(self, reading: Reading, index: BlockKeys, rows: Tensor, first: Tensor, start: int, stop: int) -> Tensor:
         """Output of the queries start .. stop - 1, (B, H, q, d_v)."""
         query, end = reading.query[:, :, start:stop], reading.end(stop)
         batch, heads, count, _ = query.shape
         key, value = reading.key[:, :, :end], reading.value[:, :, :end]
         seen = reading.seen(start, stop, end)
-        if reading.span(seen) is None:
+        span = reading.span(seen)
+        if span is None or not torch.equal(span.first, first):  # of several texts in a row only the last is pooled
             return reading.attend(query, key, value, seen, scaling=reading.scaling)
         chosen, good, scored = (
             torch.cat(part, 1)
@@ -106,14 +106,12 @@ class BlockAttention(SparseAttention):
                 strict=True,
             )
         )
-        wide = seen.expand(batch, heads, -1, -1)
         chosen, good = (x.view(batch, heads, count, -1) for x in (chosen, good))
         reading.count_scored(int(scored[:, -1].sum()), rows=batch * count)
         reading.count_read(chosen[:, :, -1].numel(), end=end, heads=heads)
         if count == 1:
-            ok = good & wide.gather(-1, chosen)
-            return by_head(reading, query, key, value, index=chosen[:, :, 0], seen=ok)
+            return by_head(reading, query, key, value, index=chosen[:, :, 0], seen=good)
         # A place that counts for nothing names the query's own token, which is read or not for its own sake.
         mask = torch.zeros(batch, heads, count, end, dtype=torch.uint8, device=key.device)
-        mask = mask.scatter_reduce_(-1, chosen, good.to(torch.uint8), "amax").bool() & wide
+        mask = mask.scatter_reduce_(-1, chosen, good.to(torch.uint8), "amax").bool()
         return by_head(reading, query, key, value, seen=mask)

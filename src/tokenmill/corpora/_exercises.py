@@ -3,7 +3,7 @@
 Made from a seed. A prompt belongs to one of three splits by a hash of its text, so that no prompt of one split is ever
 asked in another. ``mixed`` has short answers: sums, strings to reverse, and sets of letters that may be named in any
 order, for which a model that writes several tokens at once has to be careful. ``long`` has answers of varied length up
-to 124 characters: numbers counted up or down, and letters spelled out as words. ``hard`` has answers whose parts differ
+to 124 characters: numbers counted up, and letters spelled out as words. ``hard`` has answers whose parts differ
 in difficulty: running totals of a sum of many terms, and 4 x 4 Sudoku.
 """
 
@@ -30,6 +30,7 @@ WORDS = (
 )
 WINDOW = 128  # characters of Python source around a gap, gap included
 GAP = (4, 8)  # least and most characters of a gap
+_CELL = 8  # characters of a spelled word with what fills it up
 _SIDE = 4  # of a Sudoku
 _BOX = 2
 _PATIENCE = 5_000  # draws in a row without anything new, after which a split counts as exhausted
@@ -74,7 +75,7 @@ class ExerciseTask:
 
 EXERCISE_TASKS = {
     "mixed": ExerciseTask(("add", "permutation", "reverse"), "0123456789+=PC" + LETTERS, 7, 12, 12),
-    "long": ExerciseTask(("count", "spell"), "0123456789:;= abcdefghijklmnopqrstuvwxyz", 17, 128, 16),
+    "long": ExerciseTask(("count", "spell"), "0123456789:;=.abcdefghijklmnopqrstuvwxyz", 17, 128, 16),
     "hard": ExerciseTask(("totals", "sudoku"), "0123456789+=;_S", 18, 24, 24),
 }
 
@@ -199,19 +200,16 @@ def _reverse(rng: np.random.Generator) -> tuple[str, str]:
 
 
 def _count(rng: np.random.Generator) -> tuple[str, str]:
-    """From a number to another by ones, up or down, 3 to 31 numbers."""
+    """From a number up to another, 3 to 31 numbers."""
     terms = int(rng.integers(3, 32))
     low = int(rng.integers(0, 1001 - terms))
-    values = list(range(low, low + terms))
-    if rng.integers(2):
-        values.reverse()
-    return f"{values[0]:03d}:{values[-1]:03d}=", "".join(f"{value:03d};" for value in values)
+    return f"{low:03d}:{low + terms - 1:03d}=", "".join(f"{value:03d};" for value in range(low, low + terms))
 
 
 def _spell(rng: np.random.Generator) -> tuple[str, str]:
-    """3 to 16 different letters, each spelled out as its word."""
-    chosen = rng.permutation(len(WORDS))[: int(rng.integers(3, len(WORDS) + 1))]
-    return "".join(LETTERS[at] for at in chosen) + "=", "".join(f"{WORDS[at]} " for at in chosen)
+    """3 to 15 different letters, each spelled out as its word, which points fill up to eight characters."""
+    chosen = rng.permutation(len(WORDS))[: int(rng.integers(3, len(WORDS)))]
+    return ":" + "".join(LETTERS[at] for at in chosen) + "=", "".join(f"{WORDS[at]:.<{_CELL}}" for at in chosen)
 
 
 def _totals(rng: np.random.Generator) -> tuple[str, str]:
