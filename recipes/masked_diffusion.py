@@ -62,7 +62,7 @@ class Shape:
 
 TASKS = {
     "mixed": Shape(hidden=64, layers=3, heads=4, mlp=192, batch=64, rate=2e-3, steps=5_000),
-    "long": Shape(hidden=64, layers=4, heads=4, mlp=192, batch=24, rate=3e-3, steps=4_000, block=16),
+    "long": Shape(hidden=64, layers=4, heads=4, mlp=192, batch=24, rate=3e-3, steps=2_000, block=16),
     "hard": Shape(hidden=64, layers=4, heads=4, mlp=192, batch=64, rate=2e-3, steps=6_000),
     "python": Shape(hidden=128, layers=4, heads=4, mlp=384, batch=32, rate=1e-3, steps=1_800),
 }

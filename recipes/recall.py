@@ -1,7 +1,7 @@
 """Train the small models that long-context methods are measured on: recall (full attention) and recall-dsa (indexed).
 
     python recipes/recall.py --arch full --steps 1600 --out runs/recall
-    python recipes/recall.py --arch dsa --steps 450 --out runs/recall
+    python recipes/recall.py --arch dsa --steps 900 --out runs/recall
 
 Both read haystacks of keys and values as `tokenmill.probe` writes them with ``keys="name"``, three tokens a pair: the
 key, the value and a comma. They are ordinary classes of transformers made from a configuration. ``full`` is a Llama of

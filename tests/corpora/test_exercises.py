@@ -68,16 +68,15 @@ def test_answers_are_true(seed: int) -> None:
                 assert x.check(x.prompt[1:])
                 assert not x.check(x.answer[0] * len(x.answer))
             case "count":
-                first, last = map(int, x.prompt[:-1].split(":"))
-                values = list(range(first, last + 1))
-                assert x.answer == "".join(f"{v:03d};" for v in values)
-                assert 3 <= len(values) <= 31
-            case "spell":
-                words = [x.answer[at : at + 8].rstrip(".") for at in range(0, len(x.answer), 8)]
-                assert all(word.isalpha() for word in words)
-                assert ":" + "".join(word[0] for word in words) + "=" == x.prompt
-                assert len(x.answer) == 8 * len(words) <= 120
-                assert len(set(words)) == len(words) >= 3
+                values = list(map(int, (x.prompt + x.answer).split(";")[:-1]))
+                assert [b - a for a, b in itertools.pairwise(values)] == [1] * (len(values) - 1)
+                assert [v % 100 == 0 for v in values] == [False] * (len(values) - 1) + [True]
+                assert 48 <= len(x.answer) <= 120
+            case "verse":
+                lines = [(x.prompt + x.answer)[at : at + 5] for at in range(0, 5 + len(x.answer), 5)]
+                assert {line[:3] for line in lines} == {x.prompt[:3]}
+                assert [int(line[3:]) for line in lines] == list(range(int(x.prompt[3:]), -1, -1))
+                assert 50 <= len(x.answer) <= 120
             case "totals":
                 terms = list(map(int, x.prompt[:-1].split("+")))
                 assert x.answer == "".join(f"{total:03d};" for total in itertools.accumulate(terms))
@@ -105,7 +104,7 @@ def test_there_are_288_grids_and_a_puzzle_has_one_solution() -> None:
 
 
 def test_the_kinds_can_be_chosen() -> None:
-    assert {x.kind for x in corpora.exercises("long", "test", 20, kinds=["spell"])} == {"spell"}
+    assert {x.kind for x in corpora.exercises("long", "test", 20, kinds=["verse"])} == {"verse"}
 
 
 def test_answers_end_at_the_first_end_of_text() -> None:
@@ -143,7 +142,7 @@ def test_what_is_not_there_is_refused() -> None:
     with pytest.raises(LimitError, match="split"):
         corpora.exercises("mixed", "dev", 1)
     with pytest.raises(LimitError, match="kinds"):
-        corpora.exercises("mixed", "train", 1, kinds=["spell"])
+        corpora.exercises("mixed", "train", 1, kinds=["verse"])
     with pytest.raises(LimitError, match="count = 0"):
         corpora.exercises("mixed", "train", 0)
     with pytest.raises(LimitError, match="at most about"):

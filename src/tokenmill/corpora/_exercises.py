@@ -3,8 +3,8 @@
 Made from a seed. A prompt belongs to one of three splits by a hash of its text, so that no prompt of one split is ever
 asked in another. ``mixed`` has short answers: sums, strings to reverse, and sets of letters that may be named in any
 order, for which a model that writes several tokens at once has to be careful. ``long`` has answers of varied length up
-to 124 characters: numbers counted up, and letters spelled out as words. ``hard`` has answers whose parts differ
-in difficulty: running totals of a sum of many terms, and 4 x 4 Sudoku.
+to 120 characters, each line of which follows from the one before: numbers counted up, and verses counted down.
+``hard`` has answers whose parts differ in difficulty: running totals of a sum of many terms, and 4 x 4 Sudoku.
 """
 
 from __future__ import annotations
@@ -24,13 +24,8 @@ from tokenmill.errors import LimitError, unknown_name
 
 SPLITS = ("train", "validation", "test")
 LETTERS = "abcdefghijklmnop"
-WORDS = (
-    *("alfa", "bravo", "charlie", "delta", "echo", "foxtrot", "golf", "hotel"),
-    *("india", "juliett", "kilo", "lima", "mike", "november", "oscar", "papa"),
-)
 WINDOW = 128  # characters of Python source around a gap, gap included
 GAP = (4, 8)  # least and most characters of a gap
-_CELL = 8  # characters of a spelled word with what fills it up
 _SIDE = 4  # of a Sudoku
 _BOX = 2
 _PATIENCE = 5_000  # draws in a row without anything new, after which a split counts as exhausted
@@ -75,7 +70,7 @@ class ExerciseTask:
 
 EXERCISE_TASKS = {
     "mixed": ExerciseTask(("add", "permutation", "reverse"), "0123456789+=PC" + LETTERS, 7, 12, 12),
-    "long": ExerciseTask(("count", "spell"), "0123456789:;=.abcdefghijklmnopqrstuvwxyz", 17, 128, 16),
+    "long": ExerciseTask(("count", "verse"), "0123456789;" + LETTERS, 6, 128, 16),
     "hard": ExerciseTask(("totals", "sudoku"), "0123456789+=;_S", 18, 24, 24),
 }
 
@@ -200,16 +195,16 @@ def _reverse(rng: np.random.Generator) -> tuple[str, str]:
 
 
 def _count(rng: np.random.Generator) -> tuple[str, str]:
-    """From a number up to another, 3 to 31 numbers."""
-    terms = int(rng.integers(3, 32))
-    low = int(rng.integers(0, 1001 - terms))
-    return f"{low:03d}:{low + terms - 1:03d}=", "".join(f"{value:03d};" for value in range(low, low + terms))
+    """From a number on by ones up to the next whole hundred, 8 to 20 numbers."""
+    last, terms = 100 * int(rng.integers(1, 1000)), int(rng.integers(8, 21))
+    return f"{last - terms:05d};", "".join(f"{value:05d};" for value in range(last - terms + 1, last + 1))
 
 
-def _spell(rng: np.random.Generator) -> tuple[str, str]:
-    """3 to 15 different letters, each spelled out as its word, which points fill up to eight characters."""
-    chosen = rng.permutation(len(WORDS))[: int(rng.integers(3, len(WORDS)))]
-    return ":" + "".join(LETTERS[at] for at in chosen) + "=", "".join(f"{WORDS[at]:.<{_CELL}}" for at in chosen)
+def _verse(rng: np.random.Generator) -> tuple[str, str]:
+    """Three letters and a number, again and again until the number is down at nothing, 10 to 24 times."""
+    name = "".join(LETTERS[at] for at in rng.integers(0, len(LETTERS), 3))
+    times = int(rng.integers(10, 25))
+    return f"{name}{times:02d}", "".join(f"{name}{left:02d}" for left in reversed(range(times)))
 
 
 def _totals(rng: np.random.Generator) -> tuple[str, str]:
@@ -260,7 +255,7 @@ _MAKERS: dict[str, Callable[[np.random.Generator], tuple[str, str]]] = {
     "permutation": _permutation,
     "reverse": _reverse,
     "count": _count,
-    "spell": _spell,
+    "verse": _verse,
     "totals": _totals,
     "sudoku": _sudoku,
 }
