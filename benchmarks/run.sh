@@ -167,13 +167,10 @@ for part in ${*:-profile speed accepted spectr exactness toy constrain peer byte
     diffuse() { tokenmill bench diffuse "$@" --out runs/diffuse; }
     diffuse --model diffusion-long --split validation --limit 100 --methods $rules$filters
     diffuse --model diffusion-mixed --block 0 --split validation --limit 100 --methods $rules$policies
-    diffuse --model diffusion-hard --block 0 --split validation --limit 150 --methods $rules$policies
     for seed in 0 1 2; do
       diffuse --model diffusion-long --limit 250 --seed $seed --methods $(python benchmarks/diffuse_chosen.py diffusion-long)
       diffuse --model diffusion-mixed --block 0 --limit 167 --rows 167 --seed $seed \
         --methods $(python benchmarks/diffuse_chosen.py diffusion-mixed --block 0)
-      diffuse --model diffusion-hard --block 0 --limit 250 --rows 125 --seed $seed \
-        --methods $(python benchmarks/diffuse_chosen.py diffusion-hard --block 0)
     done
     keep_means diffuse
     ;;
@@ -185,7 +182,7 @@ for part in ${*:-profile speed accepted spectr exactness toy constrain peer byte
     guided --split validation --limit 500 --rows 125 --methods $rules
     for seed in 0 1 2; do
       guided --limit 500 --rows 125 --seed $seed --methods $rules
-      for guide in small weak medium strong; do
+      for guide in small weak medium; do
         guided --limit 500 --rows 125 --seed $seed --guide diffusion-mixed-guide-$guide \
           --methods $judge,$judge:acceptance=topk_relative,$judge:acceptance=threshold
       done

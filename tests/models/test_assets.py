@@ -108,8 +108,8 @@ def test_the_models_of_pictures_are_small_and_their_cards_complete() -> None:
         assert {"licence", "slice", "seconds", "command", "threads", "steps"} <= set(models.info(name))
 
 
-DIFFUSION = ("diffusion-mixed", "diffusion-long", "diffusion-hard")
-GUIDES = tuple(f"diffusion-mixed-guide-{name}" for name in ("small", "weak", "medium", "strong"))
+DIFFUSION = ("diffusion-mixed", "diffusion-long")
+GUIDES = tuple(f"diffusion-mixed-guide-{name}" for name in ("small", "weak", "medium"))
 
 
 @pytest.mark.parametrize("name", [*DIFFUSION, *GUIDES])
@@ -130,16 +130,6 @@ def test_models_that_unmask_reach_what_their_cards_say(name: str, load_recipe: C
         assert len(set(ids)) == 3
 
 
-def test_the_model_of_python_fills_gaps(load_recipe: Callable[[str], ModuleType]) -> None:
-    recipe = load_recipe("masked_diffusion")
-    told = json.loads((ASSETS / "diffusion-python" / "card.json").read_text())["slice"]
-    model, tokenizer = models.load("diffusion-python")
-    found = recipe.filled(model, tokenizer, count=told["each_kind"], seed=told["seed"])
-    # Another Python release has other sources.
-    assert found["gaps"] == pytest.approx(told["gaps"], abs=0.15)
-    assert found["bits_per_byte"] == pytest.approx(told["bits_per_byte"], rel=0.15)
-
-
 def test_the_diffusion_family_is_small_and_its_cards_complete() -> None:
     folders = list(ASSETS.glob("diffusion-*"))
     assert sum(path.stat().st_size for folder in folders for path in folder.iterdir()) < 6e6
@@ -151,7 +141,7 @@ def test_the_diffusion_family_is_small_and_its_cards_complete() -> None:
     assert {"diffusion-long-filter", "diffusion-mixed-filter", "diffusion-mixed-policy"} <= parts
 
 
-@pytest.mark.parametrize("name", [name for name in ("recall", "recall-dsa") if (ASSETS / name).is_dir()])
+@pytest.mark.parametrize("name", ["recall", "recall-dsa"])
 def test_the_recall_models_reach_what_their_cards_say(name: str, load_recipe: Callable[[str], ModuleType]) -> None:
     recipe = load_recipe("recall")
     card = json.loads((ASSETS / name / "card.json").read_text())
