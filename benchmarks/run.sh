@@ -181,7 +181,7 @@ for part in ${*:-profile speed accepted spectr exactness toy constrain peer byte
     judge=freecache-guided-diffusion
     guided --split validation --limit 500 --rows 125 --methods $rules
     for seed in 0 1 2; do
-      guided --limit 500 --rows 125 --seed $seed --methods $rules
+      guided --limit 500 --rows 125 --seed $seed --methods $rules,quota:n=1:block=1
       for guide in small weak medium; do
         guided --limit 500 --rows 125 --seed $seed --guide diffusion-mixed-guide-$guide \
           --methods $judge,$judge:acceptance=topk_relative,$judge:acceptance=threshold
