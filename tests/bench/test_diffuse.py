@@ -12,7 +12,6 @@ from tokenmill import bench, catalog, laws
 from tokenmill.bench.task import MethodSpec, Outcome
 from tokenmill.bench.tasks._unmasking import cache_of
 from tokenmill.bench.tasks.diffuse import CACHES, Options, Task
-from tokenmill.diffuse.unmasking_policies import PolicyConfig, PolicyNetwork
 from tokenmill.errors import LimitError, UnsupportedError
 
 SMALL: dict[str, Any] = {"limit": 8, "rows": 4}
@@ -39,16 +38,14 @@ def test_prompts_come_in_batches_and_are_those_of_the_seed() -> None:
 
 
 def test_every_method_is_measured_beside_one_token_a_pass(tmp_path: Path) -> None:
-    # A policy that starts to learn reveals a place in eight.
-    PolicyNetwork(PolicyConfig()).save(tmp_path / "policy")
-    task = Task(Options(kinds="permutation", policy=str(tmp_path / "policy"), **SMALL))
+    task = Task(Options(kinds="permutation", **SMALL))
     methods = [
         "quota:n=2", "random:n=2", "entropy:n=2", "margin:n=2", "threshold:tau=0.9", "factor:f=0.5",
         "entropy-bound:gamma=0.05", "learn2pd:threshold=0.8", "unmasking-policies",
         "freecache-guided-diffusion:cache=free",
         "window-diffusion:external_window=12:internal_window=6:refresh_cycle=3",
     ]  # fmt: skip
-    found = bench.run(task, methods, tmp_path / "runs")
+    found = bench.run(task, methods, tmp_path)
     assert {(r.status, r.message) for r in found} == {("ok", "")}
     assert {c.slug for c in catalog.cards("diffuse")} <= {r.method for r in found}
     by_method = {r.method: r for r in found}

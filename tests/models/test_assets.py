@@ -141,16 +141,18 @@ def test_the_diffusion_family_is_small_and_its_cards_complete() -> None:
     assert {"diffusion-long-filter", "diffusion-mixed-filter", "diffusion-mixed-policy"} <= parts
 
 
-@pytest.mark.parametrize("name", ["recall", "recall-dsa"])
-def test_the_recall_models_reach_what_their_cards_say(name: str, load_recipe: Callable[[str], ModuleType]) -> None:
+@pytest.mark.parametrize(("name", "least"), [("recall", 0.95), ("recall-dsa", 0.85)])  # the latter reads 32 keys
+def test_the_recall_models_reach_what_their_cards_say(
+    name: str, least: float, load_recipe: Callable[[str], ModuleType]
+) -> None:
     recipe = load_recipe("recall")
     card = json.loads((ASSETS / name / "card.json").read_text())
     told = card["slice"]
     model, tokenizer = models.load(name)
     asked = recipe.examples(told["task"], told["tokens"], told["questions"], seed=told["seed"])
     assert recipe.accuracy(model, tokenizer, asked) == pytest.approx(told["accuracy"], abs=0.011)
-    assert told["accuracy"] >= 0.95
-    assert card["held_out_accuracy"]["single"]["256"] >= 0.95
+    assert told["accuracy"] >= least
+    assert card["held_out_accuracy"]["single"]["256"] >= least
     assert models.info(name)["licence"].startswith("Apache-2.0")
     assert {"seconds", "command", "threads", "steps", "trained_tokens", "key_kind"} <= set(models.info(name))
     assert sum(path.stat().st_size for path in (ASSETS / name).iterdir()) < 2.2e6
