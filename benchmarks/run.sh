@@ -207,8 +207,8 @@ for part in ${*:-profile speed accepted spectr exactness toy constrain peer byte
     ;;
   diffusion-speed) python benchmarks/diffusion_speed.py ;;
   recall-beyond) python benchmarks/recall_beyond.py ;;
-  hisa-recall) python benchmarks/hisa_recall.py ;;
-  token-sparsity) python benchmarks/token_sparsity.py ;;
+  hisa-recall) python benchmarks/hisa_recall.py --count 250 --sizes 16 8 4 ;;
+  token-sparsity) python benchmarks/token_sparsity.py --texts 3 ;;
   *)
     echo "unknown part $part: profile, speed, accepted, spectr, exactness, toy, constrain, peer, bytes, complete, ensemble, tokenize, transplant, guard, stochastok, lm, vocabulary, supertokens, guard-speed, shorten, words, large, vqa, prune-speed, hisa-speed, needle-tokens, long-context, attention-mass, attend-speed, kvpress, recall-beyond, hisa-recall, token-sparsity, diffuse, guided, frozen, composed, diffusion-speed" >&2
     exit 2
