@@ -91,7 +91,10 @@ class Rows:
 def build_tokenizer(task: str) -> PreTrainedTokenizerFast:
     """One token a character, or a byte for Python; prompts are padded on the left."""
     if task == "python":
-        order = sorted(pre_tokenizers.ByteLevel.alphabet(), key=lambda c: decoders.ByteLevel().decode([c]).encode())
+        # The characters by which byte-level tokenizers write bytes: printable ones as they are, others from 256 on.
+        shown = {*range(33, 127), *range(161, 173), *range(174, 256)}
+        rest = iter(range(256, 512))
+        order = [chr(byte if byte in shown else next(rest)) for byte in range(256)]
         made = Tokenizer(models.BPE({token: at for at, token in enumerate((*SPECIAL, *order))}, []))
         made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         made.decoder = decoders.ByteLevel()
