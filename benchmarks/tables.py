@@ -942,6 +942,8 @@ def guided() -> str:
 def frozen() -> str:
     """What windows and frozen prefixes feed, one token a pass."""
     given = lines("frozen")
+    if not given:
+        return ""
     parts = _by_spec(given)
     rows = []
     for name, part in parts.items():
@@ -956,6 +958,8 @@ def frozen() -> str:
 def composed() -> str:
     """Filters, end-of-text prediction and caches together, in time."""
     given = lines("composed")
+    if not given:
+        return ""
     rows = []
     for name, part in _by_spec(given, "rows").items():
         faster = sum(1 / line["ratio"]["ms_p50"][0] for line in part) / len(part)
@@ -970,6 +974,8 @@ def composed() -> str:
 def diffusion_passes() -> str:
     """Milliseconds of a pass with windows, by length."""
     found = [line for line in lines("diffusion-speed") if line["method"] == "window-diffusion"]
+    if not found:
+        return ""
     rows = []
     for line in found:
         if line["what"] == "pass":
@@ -993,6 +999,8 @@ def diffusion_passes() -> str:
 def diffusion_prefixes() -> str:
     """Milliseconds of a pass with frozen prefixes at a long prompt."""
     found = [line for line in lines("diffusion-speed") if line["what"] == "prefix"]
+    if not found:
+        return ""
     rows = [
         [x["cache"], f"{x['ms']:.0f}", f"{x['positions']:,.0f}", f"{x['faster']:.1f}x", f"{x['worst']:.1f}x"]
         for x in found
