@@ -50,7 +50,7 @@ def test_dtype_attention_and_packing_are_what_was_asked_for(folder: Path, dtype:
     [
         ("gemma-3-27m", {}, "Did you mean gemma-3-270m"),
         ("python_target", {}, "Did you mean python-target"),
-        ("not a model", {}, "one of digits-llava, .*gemma-3-270m"),
+        ("not a model", {}, "one of .*digits-llava, .*gemma-3-270m"),
         ("gemma-3-270m", {"dtype": "float23"}, "Did you mean float32"),
         ("gemma-3-270m", {"dtype": torch.int8}, "dtype = 'int8'"),
     ],

@@ -36,7 +36,7 @@ def info(name: str) -> dict[str, Any]:
     card: dict[str, Any] = json.loads((folder / "card.json").read_text())
     size = sum(path.stat().st_size for path in folder.iterdir())
     weights = card.pop("weights")
-    return {**card, "kind": "asset", "parameters": weights, "weights": "bfloat16", "size_mb": round(size / 1e6, 1)}
+    return {**card, "kind": "asset", "parameters": weights, "weights": "bfloat16", "size_mb": round(size / 1e6, 2)}
 
 
 def key_kind(name: str) -> str:
