@@ -58,8 +58,8 @@ def test_every_method_is_measured_beside_one_token_a_pass(tmp_path: Path) -> Non
     assert by_method["quota"].quality["accuracy"] < plain.quality["accuracy"]
     for name in ("threshold", "learn2pd", "unmasking-policies"):
         assert 1 < by_method[name].cost["passes"] < 12
-    assert by_method["freecache-guided-diffusion"].cost["guide_calls"] > 0
-    assert "guide_calls" not in by_method["threshold"].cost
+    assert by_method["freecache-guided-diffusion"].cost["guide_positions"] > 0
+    assert "guide_positions" not in by_method["threshold"].cost
     assert by_method["window-diffusion"].cost["positions"] < plain.cost["positions"]
     # A pass of a method that brings a network of its own costs more than one of the threshold's.
     per_pass = {name: r.cost["flops"] / r.cost["positions"] for name, r in by_method.items()}

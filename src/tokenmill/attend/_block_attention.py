@@ -84,10 +84,11 @@ class BlockAttention(SparseAttention):
         query, end = reading.query[:, :, start:stop], reading.end(stop)
         batch, heads, count, _ = query.shape
         key, value = reading.key[:, :, :end], reading.value[:, :, :end]
-        seen = reading.seen(start, stop, end)
-        span = reading.span(seen)
-        if span is None or not torch.equal(span.first, first):  # of several texts in a row only the last is pooled
-            return reading.attend(query, key, value, seen, scaling=reading.scaling)
+        if reading.queries > 1:  # `read` has looked at a single query's span
+            seen = reading.seen(start, stop, end)
+            span = reading.span(seen)
+            if span is None or not torch.equal(span.first, first):  # of several texts in a row the last is pooled
+                return reading.attend(query, key, value, seen, scaling=reading.scaling)
         chosen, good, scored = (
             torch.cat(part, 1)
             for part in zip(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -11,10 +10,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tokenmill.errors import LimitError
+from tokenmill.models._state import load_network, save_network
 
 _WATCHED = 0.9  # acceptance at which the share of wrong ones is reported, as the authors do
 
@@ -75,13 +74,7 @@ class BlockFilter(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write ``filter.safetensors`` and ``filter.json`` into a folder, each whole or not at all."""
-        folder.mkdir(parents=True, exist_ok=True)
-        half = folder / "filter.safetensors.tmp"
-        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, half)
-        half.replace(folder / "filter.safetensors")
-        half = folder / "filter.json.tmp"
-        half.write_text(json.dumps(asdict(self.config), indent=2) + "\n")
-        half.replace(folder / "filter.json")
+        save_network(folder, "filter", self, asdict(self.config))
 
     @classmethod
     def load(cls, folder: str | Path) -> BlockFilter:
@@ -90,11 +83,9 @@ class BlockFilter(nn.Module):
         Raises:
             LimitError: the folder has no filter.
         """
-        folder = Path(folder)
-        if not (folder / "filter.json").is_file():
-            raise LimitError("BlockFilter.load", "folder", str(folder), "a folder with a saved filter")
-        made = cls(FilterConfig(**json.loads((folder / "filter.json").read_text())))
-        made.load_state_dict(load_file(folder / "filter.safetensors"))
+        settings, weights = load_network("BlockFilter.load", folder, "filter")
+        made = cls(FilterConfig(**settings))
+        made.load_state_dict(weights)
         return made.eval()
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tokenmill.errors import LimitError
+from tokenmill.models._state import load_network, save_network
 
 if TYPE_CHECKING:
     from tokenmill.diffuse._proposal import Proposal
@@ -132,13 +131,7 @@ class PolicyNetwork(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write ``policy.safetensors`` and ``policy.json`` into a folder, each whole or not at all."""
-        folder.mkdir(parents=True, exist_ok=True)
-        half = folder / "policy.safetensors.tmp"
-        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, half)
-        half.replace(folder / "policy.safetensors")
-        half = folder / "policy.json.tmp"
-        half.write_text(json.dumps(asdict(self.config), indent=2) + "\n")
-        half.replace(folder / "policy.json")
+        save_network(folder, "policy", self, asdict(self.config))
 
     @classmethod
     def load(cls, folder: str | Path, *, full_context: bool | None = None) -> PolicyNetwork:
@@ -151,17 +144,15 @@ class PolicyNetwork(nn.Module):
         Raises:
             LimitError: the folder has no policy, or one with the other view.
         """
-        folder = Path(folder)
-        if not (folder / "policy.json").is_file():
-            raise LimitError("PolicyNetwork.load", "folder", str(folder), "a folder with a saved policy")
-        config = PolicyConfig(**json.loads((folder / "policy.json").read_text()))
+        settings, weights = load_network("PolicyNetwork.load", folder, "policy")
+        config = PolicyConfig(**settings)
         if full_context is not None and full_context != config.full_context:
             mend = "Train a policy for this view, or load it with its own."
             raise LimitError(
                 "PolicyNetwork.load", "full_context", full_context, f"{config.full_context}, as it was trained", mend
             )
         made = cls(config)
-        made.load_state_dict(load_file(folder / "policy.safetensors"))
+        made.load_state_dict(weights)
         return made.eval()
 
 

@@ -1,13 +1,17 @@
-"""The state of a training that was interrupted: weights, optimiser and what was counted, in one safetensors file."""
+"""What trainings leave on disk: the state of one that was interrupted, and small networks with their settings."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from tokenmill.errors import LimitError
 
 
 def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, seconds: float, step: int) -> None:
@@ -35,3 +39,26 @@ def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
     with safe_open(path, "pt") as file:
         about = file.metadata()
     return float(about["seconds"]), int(about["step"])
+
+
+def save_network(folder: Path, name: str, network: nn.Module, settings: dict[str, Any]) -> None:
+    """Write ``name.safetensors`` and ``name.json`` into a folder, each whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    half = folder / f"{name}.safetensors.tmp"
+    save_file({key: tensor.contiguous() for key, tensor in network.state_dict().items()}, half)
+    half.replace(folder / f"{name}.safetensors")
+    half = folder / f"{name}.json.tmp"
+    half.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    half.replace(folder / f"{name}.json")
+
+
+def load_network(where: str, folder: str | Path, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Settings and weights that `save_network` wrote.
+
+    Raises:
+        LimitError: they are not in the folder.
+    """
+    folder = Path(folder)
+    if not (folder / f"{name}.json").is_file():
+        raise LimitError(where, "folder", str(folder), f"a folder with a saved {name}")
+    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8")), load_file(folder / f"{name}.safetensors")

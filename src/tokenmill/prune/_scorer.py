@@ -6,7 +6,6 @@ it, and the model's own loss on the answers trains the scorer; a second loss pus
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -18,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tokenmill.errors import LimitError
 from tokenmill.hf.vision import PICTURE_INPUTS, encode
+from tokenmill.models._state import load_network, save_network
 from tokenmill.prune._positions import full_positions
 
 if TYPE_CHECKING:
@@ -59,13 +58,7 @@ class VisionSelectorScorer(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write ``scorer.safetensors`` and ``scorer.json`` into a folder, each whole or not at all."""
-        folder.mkdir(parents=True, exist_ok=True)
-        half = folder / "scorer.safetensors.tmp"
-        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, half)
-        half.replace(folder / "scorer.safetensors")
-        half = folder / "scorer.json.tmp"
-        half.write_text(json.dumps({"in_features": self.in_features, "hidden": self.hidden}) + "\n")
-        half.replace(folder / "scorer.json")
+        save_network(folder, "scorer", self, {"in_features": self.in_features, "hidden": self.hidden})
 
     @classmethod
     def load(cls, folder: Path) -> VisionSelectorScorer:
@@ -74,10 +67,9 @@ class VisionSelectorScorer(nn.Module):
         Raises:
             LimitError: the folder has no scorer.
         """
-        if not (folder / "scorer.json").is_file():
-            raise LimitError("VisionSelectorScorer.load", "folder", str(folder), "a folder with a saved scorer")
-        made = cls(**json.loads((folder / "scorer.json").read_text()))
-        made.load_state_dict(load_file(folder / "scorer.safetensors"))
+        settings, weights = load_network("VisionSelectorScorer.load", folder, "scorer")
+        made = cls(**settings)
+        made.load_state_dict(weights)
         return made.eval()
 
 

@@ -120,7 +120,6 @@ class Filling:
             "positions": trace.positions / rows,
             "tokens": trace.tokens / rows,
             "flops": trace.flops / rows,
-            "guide_calls": trace.guide_calls / rows,
             "guide_positions": trace.guide_positions / rows,
         }
         return Outcome(texts, {name: value for name, value in counts.items() if value or "guide" not in name})
